@@ -1,0 +1,41 @@
+"""Every parameter-efficient fine-tuning method as a Lightning mixin.
+
+Nothing heavy is imported here: `import lit_peft` is instant, and each public name pulls in its module on first use.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_HOME = {
+    "Adapter": "adapter",
+    "adapters": "adapter",
+    "disabled": "adapter",
+    "place": "adapter",
+    "LoRA": "methods.lora",
+    "LoRAConfig": "methods.lora",
+    "RsLoRA": "methods.lora",
+    "BitFit": "methods.bitfit",
+    "BitFitConfig": "methods.bitfit",
+    "Freeze": "methods.freeze",
+    "FreezeConfig": "methods.freeze",
+    "Full": "methods.full",
+    "SFT": "tasks.sft",
+    "Classification": "tasks.classification",
+    "Instructions": "data.instructions",
+    "Labelled": "data.labelled",
+    "load": "hub",
+}
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lit_peft' has no attribute {name!r}")
+    return getattr(import_module(f"lit_peft.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
