@@ -1,0 +1,269 @@
+"""`PEFT`: what every method mixin adds around a task, hook by hook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+
+from lit_peft import hub
+from lit_peft.adapter import Adapter, keep_selection, merge, named_adapters
+from lit_peft.callbacks.adapter_freeze import AdapterFreeze
+from lit_peft.callbacks.base import AdapterCallback
+from lit_peft.module import AdaptableModule
+from lit_peft.sites import layers
+
+Config = TypeVar("Config")
+
+
+class PEFT(AdaptableModule):
+    """The base of every method: places adapters once the task has built its model, freezes, saves and loads.
+
+    A trainable module is *methods, then a task*: `class Mine(LoRA, SFT)`. Methods cooperate through `super()`; a class
+    in the wrong order would train all weights without a word, so it is refused when it is defined.
+
+    Args:
+        adapter: folder of a saved adapter to start from; its configuration wins over the arguments.
+        check_base: refuse an adapter that was made on another base model.
+    """
+
+    method: ClassVar[str] = ""
+    _placed = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        methods = [c for c in order if issubclass(c, PEFT) and not _holds_task(c)]
+        tasks = [c for c in order if _is_task(c)]
+        if methods and tasks and order.index(tasks[0]) < max(order.index(c) for c in methods):
+            parts = [base.__name__ for base in sorted(cls.__bases__, key=lambda b: not issubclass(b, PEFT))]
+            raise TypeError(
+                f"class {cls.__name__}({', '.join(b.__name__ for b in cls.__bases__)}) would train all weights: the task "
+                f"hides the method's hooks. Methods come first: class {cls.__name__}({', '.join(parts)})."
+            )
+
+    def __init__(self, *args: Any, adapter: str | None = None, check_base: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.adapter = adapter
+        self.check_base = check_base
+        self.strict_loading = False  # checkpoints hold adapters only; `on_load_checkpoint` does the checking
+        self.save_hyperparameters({"adapter": adapter, "check_base": check_base})
+
+    def configured(self, kind: type[Config], key: str, value: Config | Mapping[str, Any], **preset: Any) -> Config:
+        """Return a method's configuration as its dataclass and note it as a plain dict in the hyper-parameters.
+
+        Args:
+            kind: the dataclass.
+            key: the method's keyword, such as `lora`.
+            value: an instance, or a mapping as it comes from YAML or a checkpoint.
+            **preset: settings that the method's variant fixes.
+
+        Raises:
+            TypeError: if the mapping has a key that the dataclass lacks.
+        """
+        if isinstance(value, Mapping):
+            known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+            unknown = [name for name in value if name not in known]
+            if unknown:
+                raise TypeError(f"{key} has no setting {unknown[0]!r}; it takes {', '.join(known)}.")
+            value = kind(**value)
+        if not isinstance(value, kind):
+            raise TypeError(f"{key} must be a {kind.__name__} or a dict of its settings, not {value!r}.")
+        value = replace(value, **preset)  # type: ignore[type-var]
+        self.save_hyperparameters({key: asdict(value)})  # type: ignore[call-overload]
+        return value
+
+    def configure_model(self) -> None:
+        """Let the task build its model, then place, load, freeze and shard; does nothing the second time."""
+        if self._placed:
+            return
+        super().configure_model()
+        if self.model is None:
+            raise TypeError(
+                f"{type(self).__name__} has no model to adapt. Combine methods with a task, class Mine(LoRA, SFT), or set "
+                "self.model in your configure_model."
+            )
+        self._placed = True
+        if self.adapter is not None:
+            for config in hub.read_configs(self.adapter):
+                self.adopt(config)
+        self.place_adapters()
+        if self.adapter is not None:
+            self.load_adapter(self.adapter)
+        keep_selection(self.model)
+        trainer = self._trainer
+        callbacks = [cb for cb in getattr(trainer, "callbacks", []) if isinstance(cb, AdapterCallback)]
+        if not any(isinstance(cb, AdapterFreeze) for cb in callbacks):
+            callbacks.insert(0, AdapterFreeze())
+        for callback in callbacks:
+            callback.on_adapters_placed(trainer, self)
+        if trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy):
+            self.shard()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Bring `AdapterFreeze`, unless the Trainer has one."""
+        callbacks = super().configure_callbacks()
+        callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+        if not any(isinstance(callback, AdapterFreeze) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            callbacks.append(AdapterFreeze())
+        return callbacks
+
+    def shard(self) -> None:
+        """Shard the model for FSDP2: every layer, then the rest.
+
+        Raises:
+            TypeError: under tensor parallelism.
+        """
+        from torch.distributed.fsdp import fully_shard
+
+        assert self.model is not None
+        mesh = self.device_mesh
+        assert mesh is not None
+        if mesh["tensor_parallel"].size() > 1:
+            raise TypeError("Adapters are not tensor-parallel. Set tensor_parallel_size=1 and raise data_parallel_size.")
+        for layer in layers(self.model):
+            fully_shard(layer, mesh=mesh["data_parallel"])
+        fully_shard(self.model, mesh=mesh["data_parallel"])
+
+    def learning_rate(self, name: str, parameter: nn.Parameter) -> float | None:
+        """Return what the method that owns the parameter prefers."""
+        path, _, _ = name.rpartition(".")
+        while path and self.model is not None:
+            owner = self.model.get_submodule(path)
+            if isinstance(owner, Adapter):
+                inside = name.removeprefix(f"{path}.")
+                if not inside.startswith("base."):
+                    return float(next(iter(owner.configs.values())).default_lr)
+            path, _, _ = path.rpartition(".")
+        return super().learning_rate(name, parameter)
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def trained_keys(self) -> set[str]:
+        """Return the names, as in `state_dict`, of what a checkpoint must hold: adapters and declared weights."""
+        if not self._placed or self.model is None:
+            return set()
+        keys = {f"model.{path}.{key}" for path, adapter in named_adapters(self.model) for key, _ in adapter.own_parameters()}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if parameter.requires_grad or self.is_trainable(name, parameter):
+                keys.add(f"model.{name}")
+        return keys
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return what was trained: adapters, declared weights, and the task's own state outside of the model.
+
+        Overriding this, not filtering in `on_save_checkpoint`, is what makes FSDP2 resume work and one file serve one
+        process, DDP and FSDP2 alike. Under FSDP1, which matches keys itself, it returns everything.
+        """
+        state: dict[str, Any] = super().state_dict(*args, **kwargs)
+        nested = args or kwargs.get("destination") is not None or kwargs.get("prefix")
+        fsdp1 = self._trainer is not None and isinstance(self._trainer.strategy, FSDPStrategy)
+        if nested or fsdp1 or not self._placed:
+            return state
+        keep = self.trained_keys()
+        for key in [key for key in state if key.startswith("model.") and key not in keep]:
+            del state[key]
+        return state
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note which keys the file holds, so that a load can be checked under every strategy."""
+        super().on_save_checkpoint(checkpoint)
+        meta = checkpoint.setdefault("lit_peft", {})
+        meta["keys"] = sorted(key for key in checkpoint.get("state_dict", {}) if key.startswith("model."))
+        meta["class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the file holds every trained weight and none that this model lacks.
+
+        Raises:
+            ValueError: with the first keys that do not fit.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if not self._placed or self.model is None:
+            return
+        stored = set(checkpoint.get("lit_peft", {}).get("keys") or checkpoint.get("state_dict", {}))
+        stored = {key for key in stored if key.startswith("model.")}
+        present = {f"model.{name}" for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        missing = sorted(self.trained_keys() - stored)
+        surplus = sorted(stored - present)
+        if missing or surplus:
+            what = f"lacks {len(missing)} of the weights that are trained here, such as {missing[0]!r}" if missing else (
+                f"holds {len(surplus)} weights that this model lacks, such as {surplus[0]!r}"
+            )
+            raise ValueError(f"The checkpoint {what}. Was it made with another method, rank or base model?")
+
+    # Adapter folders -------------------------------------------------------------------------------------------------
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Take over the configuration read from an adapter folder; each method takes the part that is its own."""
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Return the `adapter_config.json` contents of each stacked method, outermost last."""
+        return []
+
+    def declared(self) -> dict[str, Tensor]:
+        """Return the existing weights that are trained in place, by path in the model."""
+        assert self.model is not None
+        adapted = {id(p) for _, adapter in named_adapters(self.model) for _, p in adapter.own_parameters()}
+        return {
+            name: parameter.detach()
+            for name, parameter in self.model.named_parameters()
+            if id(parameter) not in adapted and self.is_trainable(name, parameter)
+        }
+
+    def save_adapter(self, folder: str | Path, name: str = "default") -> Path:
+        """Write one named adapter as a folder that HF PEFT loads (where PEFT has the method).
+
+        Args:
+            folder: where to write; must not hold another adapter's files.
+            name: which named set.
+
+        Returns:
+            The folder.
+        """
+        assert self.model is not None, "call configure_model() first"
+        kind = getattr(self, "peft_task_type", None)
+        declared, base = self.declared(), self.base_identity()
+        return hub.write(folder, self.model, self.parts(), declared=declared, base=base, task_type=kind, name=name)
+
+    def load_adapter(self, folder: str | Path, name: str = "default") -> None:
+        """Copy a saved adapter's weights into one named set.
+
+        Raises:
+            ValueError: if keys, shapes or the base model do not fit.
+        """
+        assert self.model is not None, "call configure_model() first"
+        base = self.base_identity() if self.check_base else {}
+        hub.read(folder, self.model, declared=self.declared(), base=base, name=name)
+
+    def base_identity(self) -> dict[str, Any]:
+        """Return name, revision and hash of the base model, as far as the task knows them."""
+        return dict(getattr(self, "backbone_identity", {}))
+
+    def merge_adapters(self) -> nn.Module:
+        """Fold the active adapters into the base, in place, and return the plain model.
+
+        Raises:
+            TypeError: if a method cannot be folded.
+        """
+        if self.model is None:
+            self.configure_model()
+        assert self.model is not None
+        with torch.no_grad():
+            return merge(self.model)
+
+
+def _is_task(cls: type) -> bool:
+    return issubclass(cls, LightningModule) and not issubclass(cls, PEFT) and not issubclass(AdaptableModule, cls)
+
+
+def _holds_task(cls: type) -> bool:
+    return any(_is_task(parent) for parent in cls.__mro__)
+
+

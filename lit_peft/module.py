@@ -1,0 +1,73 @@
+"""The ends of the `super()` chains that methods and tasks share."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from inspect import Parameter, signature
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import nn
+
+
+class AdaptableModule(LightningModule):
+    """A LightningModule with a `model` that methods can adapt: what tasks and methods both derive from.
+
+    Every hook here is the end of a cooperative chain. Methods override a hook, call `super()` first, and add their part.
+
+    Attributes:
+        model: the model that the task builds in `configure_model`; None before.
+    """
+
+    model: nn.Module | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        follower = self._follower()
+        if kwargs and follower is LightningModule:
+            raise TypeError(_unknown_argument(type(self), sorted(kwargs)[0]))
+        super().__init__(*args, **kwargs)
+        if not hasattr(self, "model"):
+            self.model = None
+
+    def _follower(self) -> type:
+        """Return the next class in line: LightningModule, or the user's own module behind a method."""
+        order = type(self).__mro__
+        return order[order.index(AdaptableModule) + 1]
+
+    def place_adapters(self) -> None:
+        """Put adapters into `self.model`; called once, when the task has built it. The chain's end places nothing."""
+
+    def is_trainable(self, name: str, parameter: nn.Parameter) -> bool:
+        """Say whether an *existing* parameter is trained (adapters' own parameters always are).
+
+        Args:
+            name: the parameter's path in `self.model`.
+            parameter: the parameter itself.
+        """
+        return False
+
+    def learning_rate(self, name: str, parameter: nn.Parameter) -> float | None:
+        """Return the learning rate that the owner of this parameter prefers, None if it has no preference."""
+        return None
+
+    def preferred_dtype(self) -> str:
+        """Return the dtype to load the backbone in when the user names none: `auto` keeps the stored one."""
+        return "auto"
+
+
+def init_parameters(cls: type) -> dict[str, Parameter]:
+    """Return the named `__init__` parameters of a class and of all its parents, nearest first."""
+    found: dict[str, Parameter] = {}
+    for parent in cls.__mro__:
+        if "__init__" in parent.__dict__ and issubclass(parent, AdaptableModule):
+            for key, parameter in signature(parent.__init__).parameters.items():
+                if key != "self" and parameter.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY):
+                    found.setdefault(key, parameter)
+    return found
+
+
+def _unknown_argument(cls: type, key: str) -> str:
+    known = sorted(init_parameters(cls))
+    near = get_close_matches(key, known, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"{cls.__name__} has no argument {key!r}.{hint} It takes {', '.join(known)}."
