@@ -212,7 +212,7 @@ class Instructions(Rows):
         if reason:
             raise ValueError(f"packing=True needs a model that keeps packed rows apart: {reason}. Use packing=False.")
         lengths = [len(ids) for ids in table["input_ids"]]
-        sources = list(table["source"])
+        sources = table["source"][:]
         bins = []
         for source in sorted(set(sources)):
             rows = [i for i, s in enumerate(sources) if s == source]

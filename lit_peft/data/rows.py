@@ -17,9 +17,10 @@ from typing import Any, Protocol
 
 import datasets
 import numpy as np
+import torch
 import transformers
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
 from lit_peft.data.loader import EncodedRows, ResumableLoader, ShardedSampler
@@ -158,7 +159,12 @@ class Rows(LightningDataModule):
         if not (folder / "meta.json").is_file():
             self._build(parts)
         meta = json.loads((folder / "meta.json").read_text())
-        self.tables = {name: datasets.load_from_disk(str(folder / name)) for name in SPLIT_NAMES}
+        whole = datasets.load_from_disk(str(folder / "rows"))
+        split = np.asarray(whole["split"][:])
+        self.tables = {
+            name: whole.select(np.flatnonzero(split == at)).remove_columns("split")
+            for at, name in enumerate(SPLIT_NAMES)
+        }
         self.report = meta.pop("report")
         said = meta.pop("said")
         sizes = ", ".join(f"{len(table)} {name}" for name, table in self.tables.items() if len(table))
@@ -195,8 +201,7 @@ class Rows(LightningDataModule):
             whole, meta = self._encode(parts, Path(scratch))
             made = Path(scratch) / "made"
             with quiet():
-                for name, table in self._split(whole, parts).items():
-                    table.save_to_disk(str(made / name))
+                whole.save_to_disk(str(made / "rows"))
             (made / "meta.json").write_text(json.dumps(meta))
             folder = self._folder(parts)
             if folder.exists() and not (folder / "meta.json").is_file():
@@ -214,18 +219,25 @@ class Rows(LightningDataModule):
         encoders, meta = self.encoder(tables, parts)
         counts: Counter[str] = Counter()
         self._counts = counts
+        split = self._split(parts, [len(table) for table in tables])
         done, first = [], 0
         for part, table, encode in zip(parts, tables, encoders, strict=True):
-            done.append(self._encode_part(part, table, encode, first, scratch))
+            done.append(self._encode_part(part, table, encode, first, split, scratch))
             first += len(table)
         whole = datasets.concatenate_datasets(done)
         counts["rows"] = first
-        if not len(whole):
+        if not any(at == 0 for at in whole["split"][:]):
             raise ValueError(f"Every label is masked: none of the {first} rows of {self.path!r} has anything to learn.")
         return whole, {**meta, "report": dict(counts), "said": [*meta.get("said", ()), self.summary(counts)]}
 
     def _encode_part(
-        self, part: Part, table: datasets.Dataset, encode: EncodeRow, first: int, scratch: Path
+        self,
+        part: Part,
+        table: datasets.Dataset,
+        encode: EncodeRow,
+        first: int,
+        split: np.ndarray[Any, Any],
+        scratch: Path,
     ) -> datasets.Dataset:
         features = self.features()
 
@@ -237,7 +249,7 @@ class Rows(LightningDataModule):
                 except ValueError as error:
                     raise ValueError(f"{part.place_of(index)}: {error}.") from None
                 for row in made:
-                    fixed = {"id": first + index, "split": SPLIT_NAMES.index(part.split), "source": part.source}
+                    fixed = {"id": first + index, "split": int(split[first + index]), "source": part.source}
                     for name, value in (row | fixed).items():
                         out[name].append(value)
             return out
@@ -254,19 +266,17 @@ class Rows(LightningDataModule):
                 new_fingerprint=uuid.uuid4().hex,
             )
 
-    def _split(self, whole: datasets.Dataset, parts: list[Part]) -> dict[str, datasets.Dataset]:
-        split, ids = np.asarray(whole["split"]), np.asarray(whole["id"])
-        validation = split == 1
+    def _split(self, parts: list[Part], sizes: list[int]) -> np.ndarray[Any, Any]:
+        """Return the split of every raw row, in reading order."""
+        split = np.repeat([SPLIT_NAMES.index(part.split) for part in parts], sizes)
         if not any(part.split == "validation" for part in parts):
-            free = np.unique(ids[split == 0])
+            free = np.flatnonzero(split == 0)
             count = round(len(free) * self.val_fraction)
             if self.val_fraction and len(free) > 1:
                 count = max(count, 1)
             # By raw row, so that two pieces of one row never fall on both sides.
-            chosen = np.random.default_rng(self.seed).permutation(free)[:count]
-            validation = np.isin(ids, chosen) & (split == 0)
-        keep = {"train": (split == 0) & ~validation, "validation": validation, "test": split == 2}
-        return {name: whole.select(np.flatnonzero(rows)).remove_columns("split") for name, rows in keep.items()}
+            split[np.random.default_rng(self.seed).permutation(free)[:count]] = 1
+        return split
 
     def summary(self, counts: Counter[str]) -> str:
         """Return one line on what happened to the rows."""
@@ -292,8 +302,8 @@ class Rows(LightningDataModule):
         """Return shuffled training batches."""
         table = self.rows("train").table
         bins = self.bins(table)
-        source = table["source"]
-        groups = [source[i] for i in range(len(table))] if bins is None else [source[b[0]] for b in bins]
+        source = table["source"][:]
+        groups = source if bins is None else [source[rows[0]] for rows in bins]
         return self._loader(EncodedRows(table, bins), "train", shuffle=True, groups=groups, weights=self._weights)
 
     def val_dataloader(self) -> ResumableLoader:
@@ -309,8 +319,6 @@ class Rows(LightningDataModule):
         return self._loader(self.rows("test"), "test")
 
     def _loader(self, rows: EncodedRows, stage: str, **sampling: Any) -> ResumableLoader:
-        import torch
-
         # The strategy knows how many processes hold different data: under tensor parallelism fewer than there are.
         shares = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
         sampler = ShardedSampler(
