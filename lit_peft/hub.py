@@ -177,13 +177,8 @@ def _full(tensor: Tensor) -> Tensor:
 
 def _whole_modules(model: nn.Module, declared: Mapping[str, Tensor]) -> list[str]:
     """Return the paths of the largest modules whose parameters are all declared."""
-    whole = {
-        path
-        for path, module in model.named_modules()
-        if path
-        and (names := [f"{path}.{key}" for key, _ in module.named_parameters()])
-        and declared.keys() >= set(names)
-    }
+    inside = {path: {f"{path}.{key}" for key, _ in module.named_parameters()} for path, module in model.named_modules()}
+    whole = {path for path, names in inside.items() if path and names and declared.keys() >= names}
     return sorted(bare(path) for path in whole if path.rpartition(".")[0] not in whole)
 
 
@@ -285,7 +280,7 @@ def read(
     found = {config["peft_type"] for config in configs}
     if found != here:
         raise ValueError(
-            f"{folder} holds {' + '.join(sorted(found))}, but the methods on this model are {' + '.join(sorted(here))}. "
+            f"{folder} holds {' + '.join(sorted(found))}, but this model has {' + '.join(sorted(here))}. "
             "Use the method that the adapter was made with."
         )
     unfilled = dict(declared)
@@ -377,6 +372,6 @@ def compare_bases(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
     if not same:
         version = " (another version of it)" if their_name == our_name else ""
         raise ValueError(
-            f"This adapter was made on {their_name!r}, and the model here is {our_name!r}{version}. Load that base, or set "
-            "check_base=false."
+            f"This adapter was made on {their_name!r}, and the model here is {our_name!r}{version}. Load that base, or "
+            "set check_base=false."
         )

@@ -1,4 +1,4 @@
-"""PEFT's rule for choosing layers by name, both ways: from layers to a short list, and from a saved folder to layers."""
+"""PEFT's rule for choosing layers by name, both ways: from layers to a short list, from a saved folder to layers."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def stored_targets(config: Mapping[str, Any], leaf: str, modules: Iterable[str])
     missing = sorted((asked or set()) - stored)
     if missing:
         raise ValueError(
-            f"The adapter's target_modules name {len(asked or ())} layers of this model, but its file lacks weights for "
-            f"{len(missing)} of them, such as {missing[0]!r}. Is the file damaged, or made on another base model?"
+            f"The adapter's target_modules name {len(asked or ())} layers of this model, but its file lacks weights "
+            f"for {len(missing)} of them, such as {missing[0]!r}. Is the file damaged, or made on another base model?"
         )
     if not stored:
         raise ValueError(f"The adapter file holds no {leaf!r} for any layer. Save the adapter again.")
@@ -61,12 +61,10 @@ def _asked(config: Mapping[str, Any], modules: Sequence[str]) -> set[str] | None
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets.lower() == "all-linear":
         return None
-    left_out = [*(config.get("modules_to_save") or [])]
+    whole = [re.compile(rf"(^|\.){re.escape(module)}(\.|$)") for module in config.get("modules_to_save") or []]
 
     def asked(path: str) -> bool:
-        if _matches(path, config.get("exclude_modules")) or any(
-            re.search(rf"(^|\.){re.escape(m)}(\.|$)", path) for m in left_out
-        ):
+        if _matches(path, config.get("exclude_modules")) or any(module.search(path) for module in whole):
             return False
         if isinstance(targets, list) and path in targets:
             return True

@@ -58,11 +58,11 @@ def _table() -> None:
         table.add_row(
             name,
             METHODS[name].rpartition(".")[2],
-            facts.keyword or "–",
+            facts.keyword or "-",
             facts.place,
             facts.trained,
             _merges(name),
-            facts.paper.rpartition("/")[2] or "–",
+            facts.paper.rpartition("/")[2] or "-",
         )
     console = Console()
     console.print(table)
