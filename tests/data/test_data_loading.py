@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -92,12 +93,31 @@ def test_batches_are_counted_as_handed_out_not_as_read_ahead(pairs, tokenizer):
     loader = data.train_dataloader()
     batches = iter(loader)
     first = [next(batches)["input_ids"].tolist() for _ in range(3)]
-    assert loader.state_dict() == {"epoch": 0, "batches": 3}
+    assert loader.state_dict() == {"epoch": 0, "rows": 12}
     rest = [batch["input_ids"].tolist() for batch in batches]
     again = data.train_dataloader()
-    again.load_state_dict({"epoch": 0, "batches": 3})
+    again.load_state_dict({"epoch": 0, "rows": 12})
     assert [batch["input_ids"].tolist() for batch in again] == rest
     assert [batch["input_ids"].tolist() for batch in again] == first + rest
+
+
+def test_one_process_may_be_resumed_by_two(pairs, tokenizer):
+    data = Instructions(pairs, batch_size=4, val_fraction=0.0).attach(tokenizer)
+    rows = data.rows()
+
+    def loader(rank, world, size):
+        sampler = ShardedSampler(rows, shuffle=True, replicas=world, rank=rank)
+        return ResumableLoader(rows, batch_size=size, sampler=sampler, collate_fn=lambda rows: [r["id"] for r in rows])
+
+    alone = loader(0, 1, 4)
+    batches = iter(alone)
+    seen = [i for _ in range(3) for i in next(batches)]
+    left = []
+    for rank in range(2):
+        other = loader(rank, 2, 2)
+        other.load_state_dict(alone.state_dict())
+        left += [i for batch in other for i in batch]
+    assert sorted(seen + left) == list(range(40))
 
 
 def test_loading_does_not_move_the_random_state(pairs, tokenizer):
@@ -195,6 +215,30 @@ def test_packing_covers_the_training_rows_only(pairs, tokenizer):
     learned = sum(int((batch["labels"] != -100).sum()) for batch in plain.train_dataloader())
     assert sum(int((batch["labels"] != -100).sum()) for batch in batches) == learned
     assert "attention_mask" in next(iter(data.val_dataloader()))
+
+
+def test_packing_with_a_model_that_mixes_rows_is_refused_before_training(pairs, tokenizer):
+    class Own(torch.nn.Module):
+        def forward(self, input_ids): ...
+
+    data = Instructions(pairs, packing=True).attach(tokenizer)
+    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(model=Own()))
+    with pytest.raises(ValueError, match=r"Own.forward takes no position_ids. Use packing=False"):
+        data.train_dataloader()
+
+
+@pytest.mark.parametrize("pad", [None, "<|im_end|>"], ids=["no pad token", "pad is eos"])
+def test_the_end_of_turn_stays_learned_in_padded_batches(pairs, pad):
+    tokenizer = make_tokenizer(pad=pad)
+    size = len(tokenizer)
+    data = Instructions(pairs, val_fraction=0.0, batch_size=40).attach(tokenizer)
+    batch = next(iter(data.train_dataloader()))
+    assert data.pad_id == tokenizer.eos_token_id
+    assert len(tokenizer) == size
+    assert (batch["attention_mask"] == 0).any()
+    last = batch["attention_mask"].sum(1) - 1
+    assert batch["labels"][torch.arange(40), last].eq(tokenizer.eos_token_id).all()
+    assert batch["labels"][batch["attention_mask"] == 0].eq(-100).all()
 
 
 def test_weighted_sources_are_drawn_by_weight(tmp_path, tokenizer):

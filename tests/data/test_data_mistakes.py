@@ -98,6 +98,7 @@ def test_every_label_masked(tokenizer):
     [
         ({"max_length": 4}, "max_length 4 is too small"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"train_on": "first"}, "train_on must be one of ['all', 'last'], not 'first'"),
         ({"val_fraction": 1.0}, "val_fraction must be at least 0 and below 1, not 1.0"),
     ],
 )
