@@ -9,6 +9,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from lit_peft import backbone as backbones
 from lit_peft import hub
@@ -133,7 +134,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         else:
             reason = "it is damaged or no checkpoint"
         raise ValueError(f"Cannot load {path}: {reason}. Load another checkpoint.") from error
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # on arbitrary bytes the unpickler fails in any way
         raise ValueError(f"Cannot load {path}: it is damaged or half-written. Load another checkpoint.") from error
     if not isinstance(loaded, dict) or "state_dict" not in loaded or "lit_peft" not in loaded:
         raise ValueError(f"{path} is no checkpoint of lit_peft. Name one that a run with a method of it wrote.")
@@ -251,4 +252,4 @@ def _use_tokenizer(module: Any, *places: Path) -> None:
     folders = [place if place.is_dir() else place.parent for place in places]
     folder = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
     if folder is not None and hasattr(type(module), "tokenizer"):
-        module._tokenizer = backbones.load_tokenizer(str(folder))
+        module._tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -189,9 +189,7 @@ def test_we_read_pefts(tmp_path: Path, kind: str, settings: Any) -> None:
 
 
 def test_layers_pattern(tmp_path: Path) -> None:
-    theirs = by_peft(
-        tmp_path / "a", "llama", target_modules=["v_proj"], layers_to_transform=0, layers_pattern="layers"
-    )
+    theirs = by_peft(tmp_path / "a", "llama", target_modules=["v_proj"], layers_to_transform=0, layers_pattern="layers")
     module = placed(LoRATiny, "llama", adapter=str(tmp_path / "a"))
     check_equal(theirs, module.model, "llama")
     assert module.lora.target_modules == ["model.layers.0.self_attn.v_proj"]
@@ -327,7 +325,10 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "no prefix": (lambda f: retensored(f, renamed("base_model.model.", "")), "must start with 'base_model.model.'"),
     "wrong module": (lambda f: retensored(f, renamed("self_attn", "attention")), "this model has no such module"),
     "wrong leaf": (lambda f: retensored(f, renamed("lora_A", "lora_Q")), "holds no 'lora_A.weight'|lacks weights"),
-    "missing layer": (lambda f: retensored(f, without("layers.1.")), "lacks weights for 7 of them, such as 'model.layers"),
+    "missing layer": (
+        lambda f: retensored(f, without("layers.1.")),
+        "lacks weights for 7 of them, such as 'model.layers",
+    ),
     "missing B": (lambda f: retensored(f, without("layers.1.mlp.up_proj.lora_B")), "lacks 'model.layers.1.mlp.up_proj"),
     "surplus tensor": (lambda f: retensored(f, more), "1 tensors with no place in this model, such as 'model.norm"),
     "surplus layer": (lambda f: edited(f, target_modules=["q_proj"]), "its own target_modules do not name that layer"),
@@ -389,7 +390,7 @@ def test_nothing_is_copied_from_a_folder_that_does_not_fit(tmp_path: Path, damag
 def test_the_trained_head_must_be_there(tmp_path: Path) -> None:
     placed(LoRATiny, "bert").save_adapter(tmp_path / "a")
     retensored(tmp_path / "a", without("classifier.weight"))
-    with pytest.raises(ValueError, match="lacks the weight 'classifier.weight', which is trained on this model"):
+    with pytest.raises(ValueError, match=r"lacks the weight 'classifier\.weight', which is trained on this model"):
         placed(LoRATiny, "bert", adapter=str(tmp_path / "a"))
 
 
