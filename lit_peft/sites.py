@@ -207,19 +207,20 @@ def coverage(paths: Iterable[str], model: nn.Module) -> dict[str, tuple[int, int
             inside: dict[str, list[str]] = {}
             for site in sites:
                 if within(site, layer) and (is_linear(site.base) or site.path in left):
-                    # the experts of a mixture count as one
-                    kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", "." + site.name.removeprefix(layer.name + "."))[1:]
+                    # a layer itself goes by its class; the experts of a mixture count as one
+                    inner = site.name.removeprefix(layer.name + ".") if site != layer else type(layer.base).__name__
+                    kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", "." + inner)[1:]
                     inside.setdefault(kind, []).append(site.path)
             tree[-1].append(inside)
     labels = _labels([list(inside) for stack in tree for inside in stack])
     counts: dict[str, tuple[int, int]] = {}
-    for stack in tree:
+    for part in tree:
         # an encoder's layers do not count for what only a decoder's layers have
-        total = dict.fromkeys((labels[kind] for inside in stack for kind in inside), len(stack))
+        total = dict.fromkeys((labels[kind] for kinds in part for kind in kinds), len(part))
         done: Counter[str] = Counter()
-        for inside in stack:
+        for kinds in part:
             # popping all paths of a kind, so that those that are left lie outside of the layers
-            hit = [kind for kind, real in inside.items() if [left.pop(path) for path in real if path in left]]
+            hit = [kind for kind, real in kinds.items() if [left.pop(path) for path in real if path in left]]
             done.update(dict.fromkeys((labels[kind] for kind in hit), 1))
         for label, layers_there in total.items():
             before = counts.get(label, (0, 0))
