@@ -1,1 +1,1 @@
-"""."""
+"""Data modules: what is read, how it is rendered, masked, packed and handed out."""
