@@ -11,6 +11,8 @@ _HOME = {
     "SampleAnswers": "sample_answers",
     "RunReport": "run_report",
     "Throughput": "throughput",
+    "AnswerWriter": "answer_writer",
+    "GracefulStop": "graceful_stop",
 }
 __all__ = list(_HOME)
 

@@ -125,7 +125,7 @@ class Task(AdaptableModule):
 
     def auto_class(self) -> type:
         """Return the transformers Auto class that loads the backbone for this task."""
-        return backbones.auto_class(self.config, "causal")  # type: ignore[no-any-return]
+        return backbones.auto_class(self.config, "lm")  # type: ignore[no-any-return]
 
     def build_model(self, **kwargs: Any) -> nn.Module:
         """Load the backbone; tasks may pass more arguments to `from_pretrained`."""

@@ -1,0 +1,275 @@
+"""`lit-peft fit|validate|test|predict|preview`: LightningCLI with one flag for the method and one for the task."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from lit_peft import catalogue, ending, runs
+from lit_peft.callbacks import (
+    AdapterCheckpoint,
+    AnswerWriter,
+    GracefulStop,
+    RunReport,
+    Throughput,
+)
+from lit_peft.complaints import one_line
+from lit_peft.data.rows import Rows
+from lit_peft.faults import Interrupted, RunFailed
+from lit_peft.module import AdaptableModule
+from lit_peft.request import Request, read
+from lit_peft.verbs.preview import preview
+from lit_peft.zoo import check, compose
+
+DATA = {
+    "sft": "lit_peft.data.instructions.Instructions",
+    "classification": "lit_peft.data.labelled.Labelled",
+}
+# What a checkpoint's own configuration decides; the Trainer's part only when training goes on.
+KEPT = ("method", "task", "seed_everything", "model", "data")
+
+
+class PEFTTrainer(Trainer):
+    """Lightning's Trainer with one more verb."""
+
+    def preview(self, model: LightningModule, datamodule: LightningDataModule | None = None, rows: int = 3) -> int:
+        """Show rows with what the loss sees in colour.
+
+        Args:
+            model: the module; only its tokenizer is used.
+            datamodule: the data.
+            rows: how many rows to show.
+        """
+        if not isinstance(datamodule, Rows):
+            raise ValueError("preview needs data: pass --data.path.")
+        datamodule.attach(model.tokenizer, encoder_decoder=model.encoder_decoder)  # type: ignore[union-attr, arg-type]
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        trained = preview(datamodule, rows)
+        if trained == 0:
+            raise ValueError("The loss sees nothing in these rows: every label is masked. Check the roles and the format.")
+        return trained
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose complaints are one readable line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Leave with the line that matters."""
+        raise ValueError(one_line(message, self))
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the resolved configuration into the run folder and into every checkpoint."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write `config.yaml` once, in training."""
+        if stage == "fit" and trainer.is_global_zero and not self.already_saved:
+            runs.write_config(trainer.default_root_dir, self.plain())
+            self.already_saved = True
+
+    def plain(self) -> dict[str, Any]:
+        """Return the configuration as plain values, without what belongs to this one call."""
+        dumped = yaml.safe_load(self.parser.dump(self.config, skip_none=True))
+        return {key: value for key, value in dumped.items() if key in (*KEPT, "trainer", "evaluate")}
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the configuration into the checkpoint, so that it alone restores everything."""
+        checkpoint.setdefault("lit_peft", {})["config"] = self.plain()
+
+
+class LitPEFTCLI(LightningCLI):
+    """The command line around one `Request`.
+
+    Args:
+        request: what the user asked for.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.saved: dict[str, Any] = {}
+        self.started = False
+        if request.ckpt_path:
+            self._restore(request)
+        if request.model is None or request.flags & {"method", "task"}:
+            self.default_model = _path(compose(request.method, request.task))
+        else:
+            self.default_model = request.model
+        super().__init__(
+            AdaptableModule,
+            LightningDataModule,
+            save_config_callback=SaveRunConfig,
+            trainer_class=PEFTTrainer,
+            trainer_defaults={"max_epochs": 1, "log_every_n_steps": 10},
+            seed_everything_default=42,
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=[request.verb, *self._arguments()],
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @classmethod
+    def start(cls, verb: str, arguments: list[str]) -> LitPEFTCLI:
+        """Run one verb from the command line."""
+        sys.argv = sys.argv[:1]  # LightningCLI warns about arguments given twice; DDP's children get theirs below
+        request = read(verb, arguments)
+        sys.argv = [sys.argv[0], verb, *arguments]
+        runs.quiet()
+        return cls(request)
+
+    # Before parsing --------------------------------------------------------------------------------------------------
+
+    def _restore(self, request: Request) -> None:
+        """Let a checkpoint's own configuration come before the user's files and flags."""
+        request.ckpt_path = str(runs.find_checkpoint(request.ckpt_path or "", request.method, request.task))
+        self.saved = runs.saved_config(request.ckpt_path)
+        for key in ("method", "task"):
+            if key not in request.flags and isinstance(self.saved.get(key), str):
+                setattr(request, key, self.saved[key])
+        if request.model is None and not request.flags & {"method", "task"}:
+            request.model = self.saved.get("model", {}).get("class_path")
+
+    def _arguments(self) -> list[str]:
+        request = self.request
+        arguments: list[str] = []
+        if self.saved:
+            kept = {key: self.saved[key] for key in KEPT if key in self.saved}
+            trainer = dict(self.saved.get("trainer", {}))
+            kept["trainer"] = trainer if request.verb == "fit" else {k: v for k, v in trainer.items() if k == "precision"}
+            arguments += ["--config", yaml.safe_dump(kept)]
+        skip = False
+        for i, argument in enumerate(request.arguments):
+            name = argument.partition("=")[0]
+            if skip:
+                skip = False
+                continue
+            if name == "--ckpt_path" and request.ckpt_path:
+                arguments += ["--ckpt_path", request.ckpt_path]
+                skip = "=" not in argument
+            elif name in ("--model.help", "--data.help") and "=" not in argument:
+                following = request.arguments[i + 1 : i + 2]
+                named = bool(following) and not following[0].startswith("-")
+                default = self.default_model if name == "--model.help" else DATA[request.task]
+                arguments += [argument] if named else [argument, default]
+            else:
+                arguments.append(argument)
+        if "model" not in request.flags and request.model is not None and self.default_model != request.model:
+            # --method or --task as a flag beats a class that a file names; what fits in the rest of the file stays.
+            arguments += ["--model", self.default_model]
+        return arguments
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Build a parser for the verb that was asked for, and no other: it takes a second each."""
+        known = {**LightningCLI.subcommands(), "preview": {"model", "datamodule"}}
+        return {self.request.verb: known[self.request.verb]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what is not Lightning's."""
+        parser.add_argument("--method", type=str, default=self.request.method, help="see `lit-peft methods`; a+b stacks")
+        parser.add_argument("--task", type=str, default=self.request.task, help=", ".join(catalogue.TASKS))
+        parser.add_argument("--run_dir", type=str | None, default=None, help="folder of this run; runs/DATE-METHOD-TASK")
+        if self.request.verb == "fit":
+            text = "after training, measure base and tuned model on this many test rows"
+            parser.add_argument("--evaluate", type=int, default=0, help=text)
+        check(self.request.task, catalogue.TASKS, "task")
+        parser.set_defaults({"model": {"class_path": self.default_model}, "data": {"class_path": DATA[self.request.task]}})
+
+    # After parsing ---------------------------------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run folder and the precision, and say which flags overrule a checkpoint."""
+        config = self.config[self.request.verb]
+        if self.saved:
+            for line in runs.overruled(self.saved, config.as_dict(), KEPT):
+                rank_zero_info(line)
+        self.run_dir = runs.choose(self.request, config.run_dir)
+        config.trainer.default_root_dir = str(self.run_dir)
+        if config.trainer.precision is None:
+            config.trainer.precision, why = runs.precision()
+            rank_zero_info(f"precision {config.trainer.precision}: {why}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the callbacks and loggers of a run, where the user has not given their own."""
+        config = self._get(self.config_init, "trainer")
+        given: list[Callback] = list(config.get("callbacks") or [])
+        verb = self.request.verb
+        extra: list[Callback] = []
+        if verb == "fit":
+            if config.get("enable_checkpointing") is not False and not _has(given, ModelCheckpoint):
+                extra.append(AdapterCheckpoint(dirpath=self.run_dir / "checkpoints"))
+            extra += [make() for kind, make in self._fit_callbacks().items() if not _has(given, kind)]
+        if verb == "predict" and not _has(given, AnswerWriter):
+            extra.append(AnswerWriter(self.run_dir / "predictions.jsonl"))
+        if config.get("logger") is None:
+            session = runs.session(self.run_dir)
+            kwargs["logger"] = verb == "fit" and [
+                CSVLogger(self.run_dir, name="logs", version=session),
+                TensorBoardLogger(self.run_dir, name="tensorboard", version=session, default_hp_metric=False),
+            ]
+        kwargs["callbacks"] = [*given, *extra]
+        if verb == "preview":
+            kwargs["enable_progress_bar"] = False
+        return super().instantiate_trainer(**kwargs)
+
+    def _fit_callbacks(self) -> dict[type[Callback], Callable[[], Callback]]:
+        resume = f"lit-peft fit --ckpt_path {shlex.quote(str(self.run_dir / 'checkpoints' / 'last.ckpt'))}"
+        return {
+            Throughput: Throughput,
+            RunReport: RunReport,
+            GracefulStop: lambda: GracefulStop(resume),
+        }
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the verb; what fails after training began is no mistake in the command."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (KeyboardInterrupt, Interrupted, SystemExit):
+            raise
+        except Exception as error:
+            if subcommand == "fit" and self.trainer.global_step > runs.resumed_step(self.trainer):
+                last = self.run_dir / "checkpoints" / "last.ckpt"
+                advice = f"Resume: lit-peft fit --ckpt_path {last}" if last.is_file() else ""
+                raise RunFailed(advice) from error
+            raise
+
+    def after_fit(self) -> None:
+        """Compare with the base if asked, show the results, and say how to go on."""
+        ending.finish(self)
+
+    def after_validate(self) -> None:
+        """Say where the numbers come from."""
+        self._say_source()
+
+    after_test = after_validate
+
+    def after_predict(self) -> None:
+        """Say where the answers are."""
+        self._say(f"answers written to {self.run_dir / 'predictions.jsonl'}")
+
+    def _say_source(self) -> None:
+        self._say(f"measured {self.request.ckpt_path or 'without a checkpoint'}")
+
+    @rank_zero_only
+    def _say(self, line: str) -> None:
+        print(line)
+
+
+def _has(callbacks: list[Callback], kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def _path(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
