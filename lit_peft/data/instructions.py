@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 
 from lit_peft.data.collate import IGNORED, Collate, CollatePacked
+from lit_peft.data.encode import EncodeRow
 from lit_peft.data.formats import Example, Message, Reading, recognise
 from lit_peft.data.pack import best_fit, cannot_pack, wants_flat
 from lit_peft.data.packages import packaged
 from lit_peft.data.read import Part, Paths
 from lit_peft.data.render import Renderer, TrainOn
-from lit_peft.data.rows import EncodeRow, Rows
+from lit_peft.data.rows import Rows
 from lit_peft.data.truncate import Side, truncate, windows
 
 TokenRow = dict[str, Any]
@@ -84,6 +85,9 @@ class Instructions(Rows):
             seed=seed,
             cache_dir=cache_dir,
         )
+        for name, value, known in (("train_on", train_on, TrainOn), ("truncation", truncation, Side)):
+            if value not in get_args(known):
+                raise ValueError(f"{name} must be one of {list(get_args(known))}, not {value!r}.")
         self.save_hyperparameters(logger=False)
         self.format, self.columns, self.system = format, columns, system
         self.packing, self.train_on, self.truncation = packing, train_on, truncation
@@ -212,7 +216,7 @@ class Instructions(Rows):
         if reason:
             raise ValueError(f"packing=True needs a model that keeps packed rows apart: {reason}. Use packing=False.")
         lengths = [len(ids) for ids in table["input_ids"]]
-        sources = list(table["source"])
+        sources = table["source"][:]
         bins = []
         for source in sorted(set(sources)):
             rows = [i for i, s in enumerate(sources) if s == source]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
 
 from lit_peft.data.collate import CollateLabelled
+from lit_peft.data.encode import EncodeRow
 from lit_peft.data.read import Part, Paths
-from lit_peft.data.rows import EncodeRow, Rows
+from lit_peft.data.rows import Rows
 
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "intent", "sentiment", "coarse_label")
 TEXT_NAMES = (
@@ -159,6 +161,13 @@ class Labelled(Rows):
             yield {**kept, "label": number[namer(row[label])]}
 
         return encode
+
+    def summary(self, counts: Counter[str]) -> str:
+        """Return one line on what happened to the rows."""
+        return (
+            f"{counts['rows']} rows, {counts['truncated']} shortened to {self.max_length} tokens, "
+            f"{counts['dropped']} dropped without text."
+        )
 
     def collate(self, stage: str) -> Callable[[Any], Any]:
         """Return the collator."""

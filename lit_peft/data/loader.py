@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import distributed
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 FILLER = -1
@@ -90,33 +90,33 @@ class ResumableLoader(DataLoader[Any]):
     worker processes read ahead, and skipped ones are never read.
     """
 
-    _batches = 0
+    _rows = 0  # handed out in this epoch by all processes together: also right for another number of them
     _resume: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator: which epoch it is, is asked at the first batch. Lightning makes the iterator before it has told
         # the sampler the epoch.
-        epoch = self._epoch()
         state, self._resume = self._resume, None
-        self._batches = state["batches"] if state and state["epoch"] == epoch else 0
+        self._rows = state["rows"] if state and state["epoch"] == self._epoch() else 0
+        share = 1
         if isinstance(self.sampler, ShardedSampler):
-            self.sampler.skip = self._batches * (self.batch_size or 1)
+            share = self.sampler.num_replicas
+            self.sampler.skip = self._rows // share
         for batch in super().__iter__():
-            self._batches += 1
+            self._rows += share * (self.batch_size or 1)
             yield batch
 
     def _epoch(self) -> int:
-        sampler: Sampler[Any] | Any = self.sampler
-        return int(getattr(sampler, "epoch", 0))
+        return int(getattr(self.sampler, "epoch", 0))
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of batches handed out in it."""
-        return {"epoch": self._epoch(), "batches": self._batches}
+        """Return the epoch and the number of rows handed out in it, by all processes together."""
+        return {"epoch": self._epoch(), "rows": self._rows}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the batches of `state` when the loader is next iterated in that epoch."""
+        """Go on after the rows of `state` when the loader is next iterated in that epoch."""
         self._resume = dict(state)
-        self._batches = state["batches"]
+        self._rows = state["rows"]
 
 
 class EncodedRows(Dataset[Any]):

@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ SPLITS = {
     "val": "validation",
     "dev": "validation",
 }
+csv.field_size_limit(2**31 - 1)  # a document in a csv field is easily longer than the 128 KB that Python allows
 Paths = dict[str, float] | list[str] | str
 
 
@@ -95,6 +96,8 @@ class Part:
         if reader == "csv":
             # keep_default_na: the words "None" and "NA" are text here, not holes.
             options = {"sep": "\t" if self.file.suffix.lower() == ".tsv" else ",", "keep_default_na": False}
+            if ragged := _ragged(self.file):  # pandas would fill a short row with nothing, or shift the columns
+                raise ValueError(ragged)
         if reader == "text":
             options = {"sample_by": "paragraph" if b"\n\n" in self.file.read_bytes()[:65536] else "line"}
         try:
@@ -213,8 +216,8 @@ def _line_of(file: Path, index: int) -> int | None:
             return next((line for i, line in enumerate(filled) if i == index + 1), None)
         if suffix in (".json", ".jsonl", ".ndjson") and stream.read(1) != "[":
             stream.seek(0)
-            filled = (line for line, text in enumerate(stream, 1) if text.strip())
-            return next((line for i, line in enumerate(filled) if i == index), None)
+            lines = (line for line, text in enumerate(stream, 1) if text.strip())
+            return next((line for i, line in enumerate(lines) if i == index), None)
     return None
 
 
@@ -227,10 +230,10 @@ def diagnose(file: Path, reader: str, error: Exception) -> str:
         return f"{file}, line {line}: not UTF-8 text ({bad.reason}); save the file as UTF-8."
     if reader == "json" and not text.lstrip().startswith("["):
         # split("\n"), not splitlines(): a JSON string may hold other line separators.
-        for number, line in enumerate(text.split("\n"), 1):
+        for number, found in enumerate(text.split("\n"), 1):
             try:
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"{file}, line {number}: expected one JSON object, found {line.strip()[:40]!r}."
+                if found.strip() and not isinstance(json.loads(found), dict):
+                    return f"{file}, line {number}: expected one JSON object, found {found.strip()[:40]!r}."
             except json.JSONDecodeError as bad:
                 return f"{file}, line {number}: malformed JSON ({bad.msg} at column {bad.colno})."
     elif reader == "json":
@@ -238,14 +241,27 @@ def diagnose(file: Path, reader: str, error: Exception) -> str:
             json.loads(text)
         except json.JSONDecodeError as bad:
             return f"{file}, line {bad.lineno}: malformed JSON ({bad.msg} at column {bad.colno})."
-    elif reader == "csv":
-        rows = csv.reader(text.splitlines(keepends=True), delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-        header: Sequence[str] = next(rows, [])
-        for row in rows:
-            if len(row) > len(header):
-                return f"{file}, line {rows.line_num}: {len(row)} fields, but the header has {len(header)}."
+    if "corresponds to no data" in str(error):
+        return f"{file} is empty: it has a header but no rows."
     cause = error.__cause__ or error
     return f"{file} cannot be read as {reader}: {str(cause).strip().splitlines()[-1] if str(cause) else type(cause)}."
+
+
+def _ragged(file: Path) -> str | None:
+    """Say which row of a csv or tsv file has more or fewer fields than the header."""
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        rows = csv.reader(stream, delimiter=delimiter)
+        try:
+            header = next(rows)
+            for row in rows:
+                if row and len(row) != len(header):
+                    return f"{file}, line {rows.line_num}: {len(row)} fields, but the header has {len(header)}."
+        except csv.Error as error:
+            return f"{file}, line {rows.line_num}: malformed row ({error})."
+        except UnicodeDecodeError as error:
+            return diagnose(file, "csv", error)
+    return None
 
 
 @contextlib.contextmanager

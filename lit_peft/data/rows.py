@@ -5,30 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 import tempfile
-import uuid
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
-import numpy as np
+import torch
 import transformers
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
+from lit_peft.data.encode import EncodeRow, encode_part, fingerprint, is_written, load_written, split_rows, write_once
 from lit_peft.data.loader import EncodedRows, ResumableLoader, ShardedSampler
-from lit_peft.data.read import Part, Paths, find_parts, quiet
+from lit_peft.data.read import Part, Paths, find_parts
 
 CACHE_VERSION = 1
 MIN_LENGTH = 8
-SPLIT_NAMES = ("train", "validation", "test")
-EncodeRow = Callable[[dict[str, Any]], Iterator[dict[str, Any]]]
 
 
 class Learner(Protocol):
@@ -82,6 +79,7 @@ class Rows(LightningDataModule):
         self.tables: dict[str, datasets.Dataset] = {}
         self._learner: tuple[PreTrainedTokenizerBase, bool] | None = None
         self._weights: list[float] | None = None
+        self._counts: Counter[str] = Counter()
 
     # -- what the module being trained tells us
 
@@ -103,7 +101,7 @@ class Rows(LightningDataModule):
     def _asked(self) -> tuple[PreTrainedTokenizerBase, bool]:
         if self._learner is not None:
             return self._learner
-        module: Any = getattr(self.trainer, "lightning_module", None)
+        module: Learner | None = getattr(self.trainer, "lightning_module", None)
         if module is None or not hasattr(module, "tokenizer"):
             raise TypeError(
                 f"{type(self).__name__} needs a tokenizer: train a module that has `tokenizer`, "
@@ -123,7 +121,7 @@ class Rows(LightningDataModule):
 
     @abstractmethod
     def encoder(self, tables: list[datasets.Dataset], parts: list[Part]) -> tuple[list[EncodeRow], dict[str, Any]]:
-        """Return one row encoder per table, and what to remember beside the rows."""
+        """Return one row encoder per table, and what to set on the module after setup; `said` is printed."""
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
@@ -146,7 +144,7 @@ class Rows(LightningDataModule):
     def prepare_data(self) -> None:
         """Encode everything into the cache, unless it is there; runs on one process per machine."""
         parts, _ = self._parts()
-        if not (self._folder(parts) / "meta.json").is_file():
+        if not is_written(self._folder(parts)):
             self._build(parts)
 
     def setup(self, stage: str | None = None) -> None:
@@ -155,10 +153,9 @@ class Rows(LightningDataModule):
             return
         parts, self._weights = self._parts()
         folder = self._folder(parts)
-        if not (folder / "meta.json").is_file():
+        if not is_written(folder):
             self._build(parts)
-        meta = json.loads((folder / "meta.json").read_text())
-        self.tables = {name: datasets.load_from_disk(str(folder / name)) for name in SPLIT_NAMES}
+        self.tables, meta = load_written(folder)
         self.report = meta.pop("report")
         said = meta.pop("said")
         sizes = ", ".join(f"{len(table)} {name}" for name, table in self.tables.items() if len(table))
@@ -192,81 +189,26 @@ class Rows(LightningDataModule):
     def _build(self, parts: list[Part]) -> None:
         self.cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".building-", dir=self.cache) as scratch:
-            whole, meta = self._encode(parts, Path(scratch))
-            made = Path(scratch) / "made"
-            with quiet():
-                for name, table in self._split(whole, parts).items():
-                    table.save_to_disk(str(made / name))
-            (made / "meta.json").write_text(json.dumps(meta))
-            folder = self._folder(parts)
-            if folder.exists() and not (folder / "meta.json").is_file():
-                shutil.rmtree(folder, ignore_errors=True)
-            try:
-                os.replace(made, folder)
-            except OSError:  # another process was faster; its rows are the same
-                if not (folder / "meta.json").is_file():
-                    raise
+            table, meta = self._encode(parts, Path(scratch))
+            write_once(self._folder(parts), Path(scratch), table, meta)
 
     def _encode(self, parts: list[Part], scratch: Path) -> tuple[datasets.Dataset, dict[str, Any]]:
         tables = [part.rows(scratch) for part in parts]
-        if not sum(len(t) for t, p in zip(tables, parts, strict=True) if p.split == "train"):
+        if not sum(len(table) for table, part in zip(tables, parts, strict=True) if part.split == "train"):
             raise ValueError(f"No rows to train on in {self.path!r}: it is empty.")
         encoders, meta = self.encoder(tables, parts)
-        counts: Counter[str] = Counter()
-        self._counts = counts
+        self._counts = Counter()
+        split = split_rows(parts, [len(table) for table in tables], self.val_fraction, self.seed)
         done, first = [], 0
         for part, table, encode in zip(parts, tables, encoders, strict=True):
-            done.append(self._encode_part(part, table, encode, first, scratch))
+            done.append(encode_part(part, table, encode, self.features(), first, split, scratch))
             first += len(table)
         whole = datasets.concatenate_datasets(done)
-        counts["rows"] = first
-        if not len(whole):
+        if 0 not in whole["split"][:]:
             raise ValueError(f"Every label is masked: none of the {first} rows of {self.path!r} has anything to learn.")
-        return whole, {**meta, "report": dict(counts), "said": [*meta.get("said", ()), self.summary(counts)]}
-
-    def _encode_part(
-        self, part: Part, table: datasets.Dataset, encode: EncodeRow, first: int, scratch: Path
-    ) -> datasets.Dataset:
-        features = self.features()
-
-        def batch(columns: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-            out: dict[str, list[Any]] = {name: [] for name in features}
-            for at, index in enumerate(indices):
-                try:
-                    made = list(encode({name: values[at] for name, values in columns.items()}))
-                except ValueError as error:
-                    raise ValueError(f"{part.place_of(index)}: {error}.") from None
-                for row in made:
-                    fixed = {"id": first + index, "split": SPLIT_NAMES.index(part.split), "source": part.source}
-                    for name, value in (row | fixed).items():
-                        out[name].append(value)
-            return out
-
-        with quiet():
-            return table.map(
-                batch,
-                batched=True,
-                batch_size=256,
-                with_indices=True,
-                remove_columns=table.column_names,
-                features=features,
-                cache_file_name=str(scratch / f"{uuid.uuid4().hex}.arrow"),
-                new_fingerprint=uuid.uuid4().hex,
-            )
-
-    def _split(self, whole: datasets.Dataset, parts: list[Part]) -> dict[str, datasets.Dataset]:
-        split, ids = np.asarray(whole["split"]), np.asarray(whole["id"])
-        validation = split == 1
-        if not any(part.split == "validation" for part in parts):
-            free = np.unique(ids[split == 0])
-            count = round(len(free) * self.val_fraction)
-            if self.val_fraction and len(free) > 1:
-                count = max(count, 1)
-            # By raw row, so that two pieces of one row never fall on both sides.
-            chosen = np.random.default_rng(self.seed).permutation(free)[:count]
-            validation = np.isin(ids, chosen) & (split == 0)
-        keep = {"train": (split == 0) & ~validation, "validation": validation, "test": split == 2}
-        return {name: whole.select(np.flatnonzero(rows)).remove_columns("split") for name, rows in keep.items()}
+        counts = self._counts
+        counts["rows"] = first
+        return whole, {**meta, "report": dict(counts), "said": [*meta["said"], self.summary(counts)]}
 
     def summary(self, counts: Counter[str]) -> str:
         """Return one line on what happened to the rows."""
@@ -292,8 +234,8 @@ class Rows(LightningDataModule):
         """Return shuffled training batches."""
         table = self.rows("train").table
         bins = self.bins(table)
-        source = table["source"]
-        groups = [source[i] for i in range(len(table))] if bins is None else [source[b[0]] for b in bins]
+        source = table["source"][:]
+        groups = source if bins is None else [source[rows[0]] for rows in bins]
         return self._loader(EncodedRows(table, bins), "train", shuffle=True, groups=groups, weights=self._weights)
 
     def val_dataloader(self) -> ResumableLoader:
@@ -309,8 +251,6 @@ class Rows(LightningDataModule):
         return self._loader(self.rows("test"), "test")
 
     def _loader(self, rows: EncodedRows, stage: str, **sampling: Any) -> ResumableLoader:
-        import torch
-
         # The strategy knows how many processes hold different data: under tensor parallelism fewer than there are.
         shares = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
         sampler = ShardedSampler(
@@ -325,15 +265,3 @@ class Rows(LightningDataModule):
             # Its own generator: starting workers must not move the random state that dropout uses.
             generator=torch.Generator().manual_seed(self.seed),
         )
-
-
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of everything in a tokenizer that changes token ids: vocabulary, merges, chat template."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        # Padding and truncation are left behind by whoever called the tokenizer last.
-        inner = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("padding", "truncation")}
-    else:
-        inner = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
-    inner |= {"chat_template": tokenizer.chat_template, "special": str(tokenizer.special_tokens_map)}
-    return hashlib.sha256(json.dumps(inner, sort_keys=True, default=str).encode()).hexdigest()
