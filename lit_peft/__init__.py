@@ -26,7 +26,7 @@ _HOME = {
     "Classification": "tasks.classification",
     "Instructions": "data.instructions",
     "Labelled": "data.labelled",
-    "load": "hub",
+    "load": "restore",
 }
 __all__ = ["__version__", *_HOME]
 

@@ -1,4 +1,9 @@
-"""The names of `--method` and `--task` and where their classes are. Plain data: imports nothing, answers at once."""
+"""The names of `--method` and `--task`, where their classes are, and what is worth knowing before choosing one.
+
+Plain data: imports nothing heavy, answers at once. The tests check every line against the classes.
+"""
+
+from typing import NamedTuple
 
 METHODS: dict[str, str] = {
     "lora": "methods.lora.LoRA",
@@ -11,4 +16,89 @@ METHODS: dict[str, str] = {
 TASKS: dict[str, str] = {
     "sft": "tasks.sft.SFT",
     "classification": "tasks.classification.Classification",
+}
+
+
+class Facts(NamedTuple):
+    """What the table of methods shows.
+
+    Attributes:
+        title: what the method does, in a few words.
+        keyword: constructor argument and YAML key of its settings; empty where it has none.
+        config: class of the settings; empty where it has none.
+        adapter: class of the module that it places; empty where it trains weights in place.
+        place: what the adapter sits around, or what is trained.
+        trained: number of trained weights of each adapted layer, as a formula; or in words.
+        merges: whether it can be folded into plain weights (what is trained in place already is).
+        peft_type: its name in `adapter_config.json`; without `LIT_`: HF PEFT reads the folder.
+        paper: where it comes from.
+    """
+
+    title: str
+    keyword: str
+    config: str
+    adapter: str
+    place: str
+    trained: str
+    merges: bool
+    peft_type: str
+    paper: str
+
+
+FACTS: dict[str, Facts] = {
+    "lora": Facts(
+        title="low-rank update beside each linear layer",
+        keyword="lora",
+        config="methods.lora.LoRAConfig",
+        adapter="methods.lora.LoRALinear",
+        place="linear",
+        trained="r (in + out)",
+        merges=True,
+        peft_type="LORA",
+        paper="https://arxiv.org/abs/2106.09685",
+    ),
+    "rslora": Facts(
+        title="LoRA scaled by alpha / sqrt(r)",
+        keyword="lora",
+        config="methods.lora.LoRAConfig",
+        adapter="methods.lora.LoRALinear",
+        place="linear",
+        trained="r (in + out)",
+        merges=True,
+        peft_type="LORA",
+        paper="https://arxiv.org/abs/2312.03732",
+    ),
+    "bitfit": Facts(
+        title="a change of each bias, nothing else",
+        keyword="bitfit",
+        config="methods.bitfit.BitFitConfig",
+        adapter="methods.bitfit.BitFitBias",
+        place="linear, norm",
+        trained="out",
+        merges=True,
+        peft_type="LIT_BITFIT",
+        paper="https://arxiv.org/abs/2106.10199",
+    ),
+    "freeze": Facts(
+        title="the last layers as they are, the rest frozen",
+        keyword="freeze",
+        config="methods.freeze.FreezeConfig",
+        adapter="",
+        place="last layers",
+        trained="theirs",
+        merges=True,
+        peft_type="LIT_FREEZE",
+        paper="https://arxiv.org/abs/1911.03090",
+    ),
+    "full": Facts(
+        title="every weight: the baseline",
+        keyword="",
+        config="",
+        adapter="",
+        place="whole model",
+        trained="all",
+        merges=True,
+        peft_type="LIT_FULL",
+        paper="",
+    ),
 }

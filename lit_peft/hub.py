@@ -2,10 +2,10 @@
 
 A method that PEFT knows is written so that PEFT loads it; the others use the same layout under a `peft_type` of our own
 (`LIT_...`). A stack of methods is a folder with one such folder per method. A third file, `lit_peft.json`, holds what
-PEFT has no field for: versions and the hash of the base model.
+PEFT has no field for: versions, labels and the hash of the base model.
 
-Reading is strict. A key that does not fit, a layer without weights, another base model: each is an error. (PEFT loads a
-file whose keys do not match with a warning, and the adapter then has no effect.)
+Reading is strict. A key that does not fit, a layer without weights, another base model: each is an error, raised before
+anything is copied. (PEFT loads a file whose keys do not match with a warning, and the adapter then has no effect.)
 """
 
 from __future__ import annotations
@@ -19,48 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_peft import __version__
 from lit_peft.adapter import Adapter, named_adapters
+from lit_peft.targets import KEYS, shortest_targets
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 META = "lit_peft.json"
 PREFIX = "base_model.model."
-FILES = (CONFIG, WEIGHTS, META)
 
-
-def read_configs(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the configuration of an adapter folder: one entry per method.
-
-    Raises:
-        FileNotFoundError: if it is no adapter folder.
-        ValueError: if a file cannot be read.
-    """
-    return [_read_json(part / CONFIG) for part in part_folders(folder)]
-
-
-def part_folders(folder: str | Path) -> list[Path]:
-    """Return the folders of a saved adapter: itself, or one per stacked method."""
-    folder = Path(folder)
-    if (folder / CONFIG).is_file():
-        return [folder]
-    if (folder / META).is_file():
-        return [folder / part for part in _read_json(folder / META)["stack"]]
-    raise FileNotFoundError(f"{folder} is no adapter folder: it has no {CONFIG}. Point to the folder that holds the file.")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}. Restore the file.") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must hold one JSON object, not {type(loaded).__name__}.")
-    return loaded
+# Writing --------------------------------------------------------------------------------------------------------------
 
 
 def write(
@@ -72,61 +45,107 @@ def write(
     base: Mapping[str, Any],
     task_type: str | None = None,
     name: str = "default",
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write one named adapter of a model.
 
+    With several processes all must call this when tensors are sharded; the first one writes.
+
     Args:
-        folder: where to write; replaced as a whole and only when everything is written.
+        folder: where to write. It appears as a whole, only when everything is written; an adapter that lit_peft wrote
+            there before is replaced.
         model: the adapted model.
         parts: each method's part of `adapter_config.json`; the `peft_type` says which adapters it owns.
         declared: existing weights that were trained in place, by path in the model.
         base: `name`, `revision` and `sha` of the base model.
         task_type: PEFT's `CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, ...
         name: which named set.
+        notes: more for `lit_peft.json`, such as the labels of a classifier.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: if there is nothing to write.
-        FileExistsError: if the folder exists and holds something that is no adapter.
+        ValueError: if there is nothing to write, or two methods of one kind.
+        FileExistsError: if the folder holds something that lit_peft did not write.
     """
     if not parts:
         raise ValueError("Nothing to save: no method is placed on this model.")
+    kinds = [str(part["peft_type"]) for part in parts]
+    if len(set(kinds)) < len(kinds):
+        raise ValueError(f"Cannot save two methods of one kind ({kinds[0]}) in one folder. Stack different methods.")
     folder = Path(folder)
-    if folder.exists() and any(entry.name not in FILES and not entry.is_dir() for entry in folder.iterdir()):
-        stranger = next(e.name for e in folder.iterdir() if e.name not in FILES and not e.is_dir())
-        if not (folder / CONFIG).exists() and not (folder / META).exists():
-            raise FileExistsError(f"{folder} holds other files ({stranger}). Choose an empty or new folder.")
+    check_free(folder)
+    stacked = len(parts) > 1
+    rest = dict(declared)
+    files: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
+    for kind, part in zip(kinds, parts, strict=True):
+        config, tensors = _part(model, part, rest, name)
+        rest = {}  # in a stack, the first method's folder carries the weights that were trained in place
+        config |= {
+            "task_type": task_type,
+            "base_model_name_or_path": base.get("name"),
+            "revision": base.get("revision"),
+            "inference_mode": True,
+        }
+        files[_short(kind) if stacked else ""] = config, tensors
+    if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        meta: dict[str, Any] = {"lit_peft_version": __version__, "base": dict(base)}
-        if len(parts) > 1:
-            meta["stack"] = [part["peft_type"].removeprefix("LIT_").lower() for part in parts]
-        rest = dict(declared)
-        for part in parts:
-            target = temporary / part["peft_type"].removeprefix("LIT_").lower() if len(parts) > 1 else temporary
+        meta = {**(notes or {}), "lit_peft_version": __version__, "base": dict(base)}
+        if stacked:
+            meta["stack"] = list(files)
+        for part_name, (config, tensors) in files.items():
+            target = draft / part_name
             target.mkdir(exist_ok=True)
-            config, tensors = _part(model, part, rest, name)
-            rest = {}  # in a stack, the first method's folder carries the weights that were trained in place
-            config |= {
-                "task_type": task_type,
-                "base_model_name_or_path": base.get("name"),
-                "revision": base.get("revision"),
-                "inference_mode": True,
-            }
-            (target / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            _write_json(target / CONFIG, config)
             save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-        (temporary / META).write_text(json.dumps(meta, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        folder.mkdir(exist_ok=True)
-        for entry in temporary.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(folder / entry.name, ignore_errors=True)
-            os.replace(entry, folder / entry.name)
+        _write_json(draft / META, meta)
+        draft.chmod(0o755)  # mkdtemp's 0700 would lock others out
+        _swap(draft, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def check_free(folder: Path) -> None:
+    """Raise a FileExistsError unless an adapter may be written into the folder."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file. Choose a new folder.")
+    if folder.is_dir() and not (folder / META).is_file():
+        stranger = next((entry.name for entry in sorted(folder.iterdir())), None)
+        if stranger is not None:
+            raise FileExistsError(f"{folder} holds other files ({stranger}). Choose an empty or new folder.")
+
+
+def _swap(draft: Path, folder: Path) -> None:
+    """Put a finished draft in the folder's place: never a mix of old and new files, whenever it is interrupted."""
+    if not folder.exists():
+        draft.rename(folder)
+        return
+    if (folder / META).is_file():
+        old = [META, CONFIG, WEIGHTS, *_read_json(folder / META).get("stack", [])]
+        for entry in [entry for entry in folder.iterdir() if entry.name not in old]:
+            target = draft / entry.name  # what others keep beside the adapter (tokenizer, README) stays there
+            shutil.copytree(entry, target) if entry.is_dir() else shutil.copy2(entry, target)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    os.replace(folder, aside)
+    try:
+        draft.rename(folder)
+    except OSError:
+        os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _short(kind: str) -> str:
+    return kind.removeprefix("LIT_").lower()
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _part(
@@ -135,16 +154,17 @@ def _part(
     tensors: dict[str, Tensor] = {}
     paths = []
     for path, adapter in _owned(model, part["peft_type"]):
-        paths.append(_bare(path))
+        paths.append(bare(path))
         for leaf, tensor in adapter.tensors(name).items():
-            tensors[f"{PREFIX}{_bare(path)}.{leaf}"] = _full(tensor)
+            tensors[f"{PREFIX}{bare(path)}.{leaf}"] = _full(tensor)
     for path, tensor in declared.items():
-        tensors[f"{PREFIX}{_bare(path)}"] = _full(tensor)
+        tensors[f"{PREFIX}{bare(path)}"] = _full(tensor)
     config = dict(part)
     if paths:
-        config["target_modules"] = shortest_targets(paths, [_bare(path) for path, _ in model.named_modules()])
+        # A method of ours may keep the user's own words; what PEFT reads must name exactly the adapted layers.
+        config.setdefault("target_modules", shortest_targets(paths, [bare(path) for path, _ in model.named_modules()]))
     if paths and declared:
-        config["modules_to_save"] = sorted({_bare(path).split(".")[0] for path in declared})
+        config["modules_to_save"] = _whole_modules(model, declared)
     # One copy each: safetensors refuses tensors that share memory (tied weights are trained and saved once).
     return config, {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
 
@@ -155,7 +175,14 @@ def _full(tensor: Tensor) -> Tensor:
     return tensor if gather is None else gather()  # type: ignore[no-any-return]
 
 
-def _bare(path: str) -> str:
+def _whole_modules(model: nn.Module, declared: Mapping[str, Tensor]) -> list[str]:
+    """Return the paths of the largest modules whose parameters are all declared."""
+    inside = {path: {f"{path}.{key}" for key, _ in module.named_parameters()} for path, module in model.named_modules()}
+    whole = {path for path, names in inside.items() if path and names and declared.keys() >= names}
+    return sorted(bare(path) for path in whole if path.rpartition(".")[0] not in whole)
+
+
+def bare(path: str) -> str:
     """Drop what adapters add to a path: the saved name is the module's name in the plain model."""
     return ".".join(piece for piece in path.split(".") if piece != "base")
 
@@ -164,17 +191,65 @@ def _owned(model: nn.Module, peft_type: str) -> list[tuple[str, Adapter]]:
     return [(path, a) for path, a in named_adapters(model) if getattr(type(a), "peft_type", None) == peft_type]
 
 
-def shortest_targets(paths: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """Return the shortest sorted list of path endings that selects exactly these modules by PEFT's rule.
+# Reading --------------------------------------------------------------------------------------------------------------
 
-    Example:
-        >>> shortest_targets(["layers.0.q", "layers.1.q"], ["layers.0.q", "layers.1.q", "layers.0.k"])
-        ['q']
+
+def read_configs(folder: str | Path) -> list[dict[str, Any]]:
+    """Return the configuration of an adapter folder: one entry per method, with the names of its tensors.
+
+    Raises:
+        FileNotFoundError: if it is no adapter folder, or lacks its weights.
+        ValueError: if a file cannot be read.
     """
-    wanted = set(paths)
-    leaves = sorted({path.rpartition(".")[2] for path in wanted})
-    chosen = {path for path in modules for leaf in leaves if path == leaf or path.endswith(f".{leaf}")}
-    return leaves if chosen == wanted else sorted(wanted)
+    configs = []
+    for part in part_folders(folder):
+        config = _read_json(part / CONFIG)
+        if not config.get("peft_type"):
+            raise ValueError(f"{part / CONFIG} has no peft_type, so the method is not known. Add it to the file.")
+        configs.append({**config, KEYS: [_plain(key, part) for key in shapes(part / WEIGHTS)]})
+    return configs
+
+
+def read_meta(folder: str | Path) -> dict[str, Any]:
+    """Return the contents of `lit_peft.json`, empty where another library wrote the folder."""
+    path = Path(folder) / META
+    return _read_json(path) if path.is_file() else {}
+
+
+def part_folders(folder: str | Path) -> list[Path]:
+    """Return the folders of a saved adapter: itself, or one per stacked method, innermost first.
+
+    Raises:
+        FileNotFoundError: if it is no adapter folder.
+    """
+    folder = Path(folder)
+    if (folder / CONFIG).is_file():
+        return [folder]
+    if (folder / META).is_file():
+        return [folder / part for part in _read_json(folder / META).get("stack", [])]
+    raise FileNotFoundError(
+        f"{folder} is no adapter folder: it has no {CONFIG}. Point to the folder that holds the file."
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist. Save the adapter again.")
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}. Restore the file.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file. Restore the file.") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must hold one JSON object, not {type(loaded).__name__}.")
+    return loaded
+
+
+def _plain(key: str, part: Path) -> str:
+    if not key.startswith(PREFIX):
+        raise ValueError(f"{part / WEIGHTS} has the key {key!r}; every key must start with {PREFIX!r}.")
+    return key.removeprefix(PREFIX)
 
 
 def read(
@@ -184,8 +259,9 @@ def read(
     declared: Mapping[str, Tensor],
     base: Mapping[str, Any],
     name: str = "default",
+    kinds: Iterable[str] = (),
 ) -> None:
-    """Copy a saved adapter's weights into a model that has its adapters placed.
+    """Copy a saved adapter's weights into a model that has its adapters placed; all of them, or none.
 
     Args:
         folder: the saved adapter.
@@ -193,53 +269,58 @@ def read(
         declared: existing weights that are trained in place, by path in the model; they are filled too.
         base: `name` and `sha` of this model's base, to compare with the folder's; empty: not compared.
         name: which named set to fill.
+        kinds: the `peft_type` of every method on this model, for those that place no adapters.
 
     Raises:
         ValueError: if the base, the methods, the layers, the keys or the shapes do not fit.
     """
-    parts = part_folders(folder)
     check_base(folder, base)
+    here = {*kinds, *(getattr(type(adapter), "peft_type", "") for _, adapter in named_adapters(model))}
+    configs = read_configs(folder)
+    found = {config["peft_type"] for config in configs}
+    if found != here:
+        raise ValueError(
+            f"{folder} holds {' + '.join(sorted(found))}, but this model has {' + '.join(sorted(here))}. "
+            "Use the method that the adapter was made with."
+        )
     unfilled = dict(declared)
-    seen = set()
-    for part in parts:
-        config = _read_json(part / CONFIG)
-        peft_type = config.get("peft_type", "LORA")
-        seen.add(peft_type)
-        tensors = load_tensors(part / WEIGHTS)
-        stray = [key for key in tensors if not key.startswith(PREFIX)]
-        if stray:
-            raise ValueError(f"{part / WEIGHTS} has the key {stray[0]!r}; every key must start with {PREFIX!r}.")
-        left = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-        owned = _owned(model, peft_type)
-        if not owned and not peft_type.startswith("LIT_"):
-            raise ValueError(f"{part} holds a {peft_type} adapter, and no such method is placed on this model.")
-        with torch.no_grad():
-            for path, adapter in owned:
-                start = f"{_bare(path)}."
-                mine = {key.removeprefix(start): left.pop(key) for key in list(left) if key.startswith(start)}
-                mine, others = _split(mine, adapter.tensors(name))
-                left |= {start + key: tensor for key, tensor in others.items()}
-                if not mine:
-                    raise ValueError(f"{part} holds nothing for the layer {_bare(path)!r}, which is adapted here.")
-                adapter.load_tensors(mine, name)
-            for path in list(unfilled):
-                if _bare(path) in left:
-                    unfilled.pop(path).copy_(left.pop(_bare(path)))
+    fitting: list[tuple[Adapter, dict[str, Tensor]]] = []
+    in_place: list[tuple[Tensor, Tensor]] = []
+    for part, config in zip(part_folders(folder), configs, strict=True):
+        file = part / WEIGHTS
+        left = {_plain(key, part): tensor for key, tensor in load_tensors(file).items()}
+        for path, adapter in _owned(model, config["peft_type"]):
+            mine = {}
+            for leaf, target in adapter.tensors(name).items():
+                key = f"{bare(path)}.{leaf}"
+                if key not in left:
+                    raise ValueError(
+                        f"{file} lacks {key!r}, for a layer that is adapted here. Is it another adapter's?"
+                    )
+                mine[leaf] = _fit(file, key, target, left.pop(key))
+            fitting.append((adapter, mine))
+        for path in [path for path in unfilled if bare(path) in left]:
+            target = unfilled.pop(path)
+            in_place.append((target, _fit(file, path, target, left.pop(bare(path)))))
         if left:
             raise ValueError(
-                f"{part / WEIGHTS} holds {len(left)} tensors with no place in this model, such as {sorted(left)[0]!r}. "
+                f"{file} holds {len(left)} tensors with no place in this model, such as {sorted(left)[0]!r}. "
                 "Is it an adapter of another base model, or with other targets?"
             )
-    placed = {getattr(type(adapter), "peft_type", "") for _, adapter in named_adapters(model)}
-    if placed - seen:
-        raise ValueError(f"{folder} holds no weights for {sorted(placed - seen)[0]}, which is placed on this model.")
     if unfilled:
         raise ValueError(f"{folder} lacks the weight {sorted(unfilled)[0]!r}, which is trained on this model.")
+    with torch.no_grad():
+        for adapter, mine in fitting:
+            adapter.load_tensors(mine, name)
+        for target, tensor in in_place:
+            target.copy_(tensor)
 
 
-def _split(found: dict[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Separate an adapter's own tensors from those of adapters below the same path."""
-    return {k: v for k, v in found.items() if k in expected}, {k: v for k, v in found.items() if k not in expected}
+def _fit(file: Path, key: str, target: Tensor, tensor: Tensor) -> Tensor:
+    if target.shape != tensor.shape:
+        shown = f"{tuple(tensor.shape)} in {file}, {tuple(target.shape)} in this model"
+        raise ValueError(f"Shapes differ for {key!r}: {shown}. Is it an adapter of another base model?")
+    return tensor
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
@@ -249,12 +330,19 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: if it is missing.
         ValueError: if it is cut off or no safetensors file.
     """
+    shapes(path)
+    return load_file(path)
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return `{key: shape}` of a safetensors file without reading its tensors; raises like `load_tensors`."""
     if not path.is_file():
         pickled = path.with_name("adapter_model.bin").is_file()
         hint = " Only a pickled adapter_model.bin is there; convert it to safetensors first." if pickled else ""
         raise FileNotFoundError(f"{path} does not exist.{hint}")
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or half-written ({error}). Copy or save it again.") from error
 
@@ -265,16 +353,25 @@ def check_base(folder: str | Path, base: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if they differ.
     """
-    folder = Path(folder)
-    meta = _read_json(folder / META).get("base", {}) if (folder / META).is_file() else {}
     config = _read_json(part_folders(folder)[0] / CONFIG)
-    theirs, ours = meta.get("name") or config.get("base_model_name_or_path"), base.get("name")
-    if meta.get("sha") and base.get("sha"):
-        same = meta["sha"] == base["sha"]
+    noted = read_meta(folder).get("base", {})
+    compare_bases({"name": config.get("base_model_name_or_path"), **{k: v for k, v in noted.items() if v}}, base)
+
+
+def compare_bases(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Compare two base models: by hash where both have one, else by the last piece of their names.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    their_name, our_name = theirs.get("name"), ours.get("name")
+    if theirs.get("sha") and ours.get("sha"):
+        same = theirs["sha"] == ours["sha"]
     else:
-        same = not theirs or not ours or Path(theirs).name.lower() == Path(str(ours)).name.lower()
+        same = not their_name or not our_name or Path(their_name).name.lower() == Path(our_name).name.lower()
     if not same:
+        version = " (another version of it)" if their_name == our_name else ""
         raise ValueError(
-            f"This adapter was made on {theirs!r}, and the model here is {ours!r}"
-            f"{' (another version of it)' if theirs == ours else ''}. Load that base, or set check_base=false."
+            f"This adapter was made on {their_name!r}, and the model here is {our_name!r}{version}. Load that base, or "
+            "set check_base=false."
         )

@@ -126,7 +126,7 @@ class PEFT(AdaptableModule):
         mesh = self.device_mesh
         assert mesh is not None
         if mesh["tensor_parallel"].size() > 1:
-            raise TypeError("Adapters are not tensor-parallel. Set tensor_parallel_size=1 and raise data_parallel_size.")
+            raise TypeError("Adapters are not tensor-parallel. Use strategy fsdp2, or set tensor_parallel_size=1.")
         for layer in layers(self.model):
             fully_shard(layer, mesh=mesh["data_parallel"])
         fully_shard(self.model, mesh=mesh["data_parallel"])
@@ -176,6 +176,7 @@ class PEFT(AdaptableModule):
         super().on_save_checkpoint(checkpoint)
         meta = checkpoint.setdefault("lit_peft", {})
         meta["keys"] = sorted(key for key in checkpoint.get("state_dict", {}) if key.startswith("model."))
+        meta.setdefault("base", self.base_identity())
         meta["class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -230,7 +231,17 @@ class PEFT(AdaptableModule):
         assert self.model is not None, "call configure_model() first"
         kind = getattr(self, "peft_task_type", None)
         declared, base = self.declared(), self.base_identity()
-        return hub.write(folder, self.model, self.parts(), declared=declared, base=base, task_type=kind, name=name)
+        labels = getattr(self, "labels", None)
+        return hub.write(
+            folder,
+            self.model,
+            self.parts(),
+            declared=declared,
+            base=base,
+            task_type=kind,
+            name=name,
+            notes={"labels": list(labels)} if labels else None,
+        )
 
     def load_adapter(self, folder: str | Path, name: str = "default") -> None:
         """Copy a saved adapter's weights into one named set.
@@ -240,7 +251,8 @@ class PEFT(AdaptableModule):
         """
         assert self.model is not None, "call configure_model() first"
         base = self.base_identity() if self.check_base else {}
-        hub.read(folder, self.model, declared=self.declared(), base=base, name=name)
+        kinds = [part["peft_type"] for part in self.parts()]
+        hub.read(folder, self.model, declared=self.declared(), base=base, name=name, kinds=kinds)
 
     def base_identity(self) -> dict[str, Any]:
         """Return name, revision and hash of the base model, as far as the task knows them."""

@@ -39,6 +39,16 @@ def compose(method: str, task: str) -> type[AdaptableModule]:
     return _made("".join(path.rpartition(".")[2] for path in paths), paths)
 
 
+def task_class(task: str) -> type[AdaptableModule]:
+    """Return the class of a task alone, which trains nothing by itself.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    check(task, TASKS, "task")
+    return _load(TASKS[task])
+
+
 def check(name: str, known: dict[str, str], kind: str) -> None:
     """Raise a ValueError with the nearest known name if this one is unknown."""
     if name not in known:

@@ -52,12 +52,12 @@ class BitFitConfig:
 
     def to_peft(self) -> dict[str, Any]:
         """Return the settings for `adapter_config.json`; HF PEFT has no BitFit."""
-        return {"peft_type": "LIT_BITFIT", "create_missing": self.create_missing}
+        return {"peft_type": "LIT_BITFIT", "create_missing": self.create_missing, "biases": self.target_modules}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> BitFitConfig:
         """Read the settings of a saved folder."""
-        return cls(target_modules=config["target_modules"], create_missing=config["create_missing"])
+        return cls(target_modules=config["biases"], create_missing=config["create_missing"])
 
 
 class BitFitBias(Adapter):

@@ -18,9 +18,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lit_peft.adapter import Adapter, innermost, place
+from lit_peft.adapter import Adapter, innermost, named_adapters, place
 from lit_peft.mixin import PEFT
 from lit_peft.sites import match
+from lit_peft.targets import KEYS, stored_targets
+
+# PEFT's settings that leave plain LoRA's formula as it is, or are read below; any other must be off.
+PLAIN = frozenset(
+    "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version runtime_config "
+    "r lora_alpha lora_dropout use_rslora target_modules exclude_modules layers_to_transform layers_pattern "
+    "modules_to_save fan_in_fan_out init_lora_weights loftq_config eva_config corda_config lora_ga_config "
+    f"velora_config megatron_core qalora_group_size ensure_weight_tying {KEYS}".split()
+)
+# Values of init_lora_weights that do not change the base; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do.
+KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,25 +93,17 @@ class LoRAConfig:
         Raises:
             ValueError: for a LoRA variant that changes the formula and is not known here.
         """
-        plain = {
-            "use_dora": (False, None),
-            "bias": ("none", None),
-            "lora_bias": (False, None),
-            "rank_pattern": ({}, None),
-            "alpha_pattern": ({}, None),
-            "layer_replication": (None, []),
-            "trainable_token_indices": (None,),
-            "target_parameters": (None, []),
-            "use_qalora": (False, None),
-            "use_bdlora": (None, False),
-            "alora_invocation_tokens": (None, []),
-        }
-        for key, accepted in plain.items():
-            if config.get(key, accepted[0]) not in accepted:
-                raise ValueError(f"This adapter uses {key}={config[key]!r}, which plain LoRA does not have.")
+        init = config.get("init_lora_weights", True)
+        if init not in KEEPS_BASE:
+            raise ValueError(
+                f"This adapter has init_lora_weights={init!r}, which changed its base model. Save it again as plain "
+                "LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+            )
+        for key, value in config.items():
+            if key not in PLAIN and value not in (None, False, [], {}, "none"):
+                raise ValueError(f"This adapter uses {key}={value!r}, which plain LoRA does not have.")
         if not config.get("target_modules"):
             raise ValueError("adapter_config.json names no target_modules. Add the list of adapted layers to the file.")
-        # PEFT tests this filter beside target_modules; the folder's tensors say which layers there are (see hub.py).
         return cls(
             r=config.get("r", 8),
             alpha=config.get("lora_alpha", 8),
@@ -162,11 +165,15 @@ class LoRALinear(Adapter):
         """Fold s B A into W: added in float32, rounded once to the base's dtype."""
         weight = self.base.weight
         if not isinstance(self.base, (nn.Linear, Conv1D)) or not weight.is_floating_point():
-            raise TypeError(f"Cannot merge into a {type(self.base).__name__} layer. Load the base unquantised to merge.")
+            raise TypeError(
+                f"Cannot merge into a {type(self.base).__name__} layer. Load the base unquantised to merge."
+            )
         with torch.no_grad():
             for name in self.active() if names is None else names:
                 delta = self.delta(name).to(weight.device)
-                weight.data = (weight.float() + (delta.t() if isinstance(self.base, Conv1D) else delta)).to(weight.dtype)
+                weight.data = (weight.float() + (delta.t() if isinstance(self.base, Conv1D) else delta)).to(
+                    weight.dtype
+                )
         return self.base
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
@@ -208,14 +215,24 @@ class LoRA(PEFT):
         place(self.model, paths, lambda base: LoRALinear(base, self.lora))
 
     def adopt(self, config: Mapping[str, Any]) -> None:
-        """Take rank, scale and targets from an adapter folder."""
+        """Take rank, scale and targets from an adapter folder.
+
+        Raises:
+            ValueError: if the folder holds another kind of LoRA, or its layers do not fit this model.
+        """
         super().adopt(config)
         if config.get("peft_type") == "LORA":
-            self.lora = self.configured(LoRAConfig, "lora", LoRAConfig.from_peft(config))
+            assert self.model is not None
+            plain = LoRAConfig.from_peft(config)  # refuses what is no plain LoRA before its layers are looked at
+            targets = stored_targets(config, "lora_A.weight", (path for path, _ in self.model.named_modules()))
+            self.lora = self.configured(LoRAConfig, "lora", plain, target_modules=targets, exclude_modules=None)
 
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`."""
-        return [*super().parts(), self.lora.to_peft()]
+        assert self.model is not None
+        placed = (innermost(a) for _, a in named_adapters(self.model) if isinstance(a, LoRALinear))
+        # PEFT sets this by itself on GPT-2, with a warning
+        return [*super().parts(), {**self.lora.to_peft(), "fan_in_fan_out": any(isinstance(m, Conv1D) for m in placed)}]
 
 
 class RsLoRA(LoRA):

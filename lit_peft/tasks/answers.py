@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from lit_peft.data.render import Renderer
+
 if TYPE_CHECKING:
     from lit_peft.tasks.sft import SFT
 
@@ -47,14 +49,11 @@ def text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Return the token ids of a conversation up to where the answer begins, by the tokenizer's chat template."""
-    if getattr(tokenizer, "chat_template", None):
-        encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-        return list(encoded["input_ids"])
-    from lit_peft.data.render import plain_prompt
-
-    return list(tokenizer(plain_prompt(messages))["input_ids"])
+def render(task: SFT, messages: list[dict[str, str]]) -> list[int]:
+    """Return the token ids of a conversation up to where the answer begins, as in training."""
+    if task.encoder_decoder and not task.tokenizer.chat_template:
+        return list(task.tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
+    return Renderer(task.tokenizer, "all").ids(messages, cue=True)
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -156,7 +156,7 @@ class SFT(Task):
         Returns:
             The answer's text.
         """
-        prompt = answers.render(self.tokenizer, messages)
+        prompt = answers.render(self, messages)
         return answers.generate(self, [prompt], max_new_tokens or self.max_new_tokens)[0]
 
 

@@ -1,0 +1,255 @@
+"""`lit_peft.load`: a ready module from whatever was saved: checkpoint, run folder, adapter folder, merged model."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from lit_peft import backbone as backbones
+from lit_peft import hub
+from lit_peft.catalogue import FACTS, TASKS
+from lit_peft.module import AdaptableModule
+from lit_peft.zoo import check, compose, task_class
+
+# PEFT's name of a task, or the ending of a model class -> ours
+TASK_OF = {
+    "CAUSAL_LM": "sft",
+    "SEQ_2_SEQ_LM": "sft",
+    "SEQ_CLS": "classification",
+    "ForCausalLM": "sft",
+    "LMHeadModel": "sft",
+    "ForConditionalGeneration": "sft",
+    "ForSequenceClassification": "classification",
+}
+# the last layer of transformers' classification heads
+HEADS = ("classifier", "score", "classifier.out_proj", "classification_head.out_proj")
+
+
+def load(
+    path: str | Path,
+    *,
+    backbone: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | None = None,
+    task: str | None = None,
+    check_base: bool = True,
+) -> Any:
+    """Give back what was saved, ready to use: base model, adapter and tokenizer, in eval mode.
+
+    Args:
+        path: a checkpoint (`.ckpt`), a run folder (its best checkpoint, else its last), an adapter folder written by
+            lit_peft or HF PEFT, or a merged model's folder.
+        backbone: base model to use instead of the one that was noted, such as a local copy of it.
+        device: where to put the model; default: the GPU if there is one.
+        dtype: `float32`, `bfloat16`, `float16` or `auto`; default: as in training.
+        task: name as for `--task`, for adapters that do not say.
+        check_base: refuse a base model other than the adapter's.
+
+    Returns:
+        The LightningModule: `.model` with the adapter in place, `.tokenizer`, and for language models
+        `.reply([{"role": "user", "content": "..."}])`.
+
+    Raises:
+        FileNotFoundError: if there is nothing to load at the path.
+        ValueError: if files are damaged, or adapter and base do not fit.
+
+    Example:
+        >>> from lit_peft import load
+        >>> # assistant = load("runs/2026-11-21-lora-sft")
+        >>> # assistant.reply([{"role": "user", "content": "What is LoRA?"}])
+    """
+    kind, found = locate(path)
+    options: dict[str, Any] = {"dtype": dtype} if dtype else {}
+    if kind == "checkpoint":
+        module = _from_checkpoint(found, backbone, options, check_base)
+    elif kind == "adapter":
+        module = _from_adapter(found, backbone, task, options, check_base)
+    else:
+        if backbone is not None:
+            raise ValueError(f"{found} is a whole model, so there is no base to choose. Leave backbone out.")
+        module = _from_model(found, task, options)
+    _use_tokenizer(module, Path(path), found)
+    module.eval()
+    return module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def locate(path: str | Path) -> tuple[str, Path]:
+    """Say what a path holds: `checkpoint`, `adapter` or `model`, and where.
+
+    Raises:
+        FileNotFoundError: if it holds none of them.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        return "checkpoint", path
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is nothing at {path}. Name a checkpoint, a run folder or an adapter folder.")
+    if (path / hub.CONFIG).is_file() or (path / hub.META).is_file():
+        return "adapter", path
+    if (path / "config.json").is_file():
+        return "model", path
+    if any(path.glob("*.distcp")) or (path / ".metadata").is_file():
+        raise FileNotFoundError(
+            f"{path} is a sharded checkpoint. Save with save_distributed_checkpoint=False to load it."
+        )
+    files = [
+        file for pattern in ("*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt") for file in path.glob(pattern)
+    ]
+    if not files:
+        raise FileNotFoundError(f"{path} holds no checkpoint, adapter or model. Name a folder that does.")
+    return "checkpoint", _best(files)
+
+
+def _best(files: list[Path]) -> Path:
+    newest_first = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in newest_first:
+        if file.name.startswith("best"):
+            return file
+    last = next((file for file in newest_first if file.stem.startswith("last")), newest_first[0])
+    if len(files) > 1:  # the last one knows which was the best
+        for state in read_checkpoint(last).get("callbacks", {}).values():
+            best = state.get("best_model_path") if isinstance(state, dict) else None
+            if best and (sibling := last.with_name(Path(best).name)) in files:  # by name: the run may have moved
+                return sibling
+    return last
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint as plain data (`weights_only=True`).
+
+    Raises:
+        ValueError: if it is damaged, holds code, or is no checkpoint of lit_peft.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        if "weights_only" in str(error) or "Unsupported" in str(error):
+            reason = "it holds Python objects, which could run code"
+        else:
+            reason = "it is damaged or no checkpoint"
+        raise ValueError(f"Cannot load {path}: {reason}. Load another checkpoint.") from error
+    except Exception as error:  # on arbitrary bytes the unpickler fails in any way
+        raise ValueError(f"Cannot load {path}: it is damaged or half-written. Load another checkpoint.") from error
+    if not isinstance(loaded, dict) or "state_dict" not in loaded or "lit_peft" not in loaded:
+        raise ValueError(f"{path} is no checkpoint of lit_peft. Name one that a run with a method of it wrote.")
+    return loaded
+
+
+def _from_checkpoint(path: Path, backbone: str | None, options: dict[str, Any], check_base: bool) -> AdaptableModule:
+    checkpoint = read_checkpoint(path)
+    meta = checkpoint["lit_peft"]
+    # "_class_path" and "_instantiator" are LightningCLI's own notes
+    settings = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if not k.startswith("_")}
+    if backbone is not None:
+        settings |= {"backbone": backbone, "revision": None}
+    if "adapter" in settings:  # where training started from: its weights are in the checkpoint, the folder may be gone
+        settings["adapter"] = None
+    module: Any = _class(meta["class_path"], path)(**{**settings, **options})
+    module.configure_model()
+    if check_base:
+        hub.compare_bases(meta.get("base", {}), getattr(module, "backbone_identity", {}))
+    module.on_load_checkpoint(checkpoint)
+    state, mine = checkpoint["state_dict"], dict(module.named_parameters(remove_duplicate=False))
+    for key, tensor in state.items():
+        if key in mine and mine[key].shape != tensor.shape:
+            shown = f"{tuple(tensor.shape)} in {path}, {tuple(mine[key].shape)} in this model"
+            raise ValueError(f"Shapes differ for {key!r}: {shown}. Is it a checkpoint on another base model?")
+    module.load_state_dict(state, strict=False)
+    return module  # type: ignore[no-any-return]
+
+
+def _class(class_path: str, path: Path) -> type[AdaptableModule]:
+    module, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} needs the class {class_path}, which cannot be imported here. Put its file on PYTHONPATH."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, AdaptableModule)):
+        raise ValueError(f"{path} names {class_path}, which is no module of lit_peft.")
+    return found
+
+
+def _from_adapter(
+    folder: Path, backbone: str | None, task: str | None, options: dict[str, Any], check_base: bool
+) -> AdaptableModule:
+    configs, meta = hub.read_configs(folder), hub.read_meta(folder)
+    methods = [method_of(str(config["peft_type"]), folder) for config in reversed(configs)]
+    first = configs[0]
+    name = backbone or meta.get("base", {}).get("name") or first.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"{folder} does not say which base model it belongs to. Pass backbone=NAME.")
+    mapped = (first.get("auto_mapping") or {}).get("base_model_class") or ""
+    task = _task(task, first.get("task_type") or mapped, folder)
+    settings = {"backbone": name, "revision": None if backbone else first.get("revision"), **options}
+    if task == "classification":
+        settings["labels"] = meta.get("labels") or _labels(configs, folder, str(name), settings["revision"])
+    made = compose("+".join(methods), task)
+    module: Any = made(**settings, adapter=str(folder), check_base=check_base)
+    module.configure_model()
+    return module  # type: ignore[no-any-return]
+
+
+def method_of(peft_type: str, folder: Path) -> str:
+    """Return the `--method` that reads a `peft_type`.
+
+    Raises:
+        ValueError: for a type that is not known here.
+    """
+    for name, facts in FACTS.items():
+        if facts.peft_type == peft_type:
+            return name
+    known = ", ".join(sorted({facts.peft_type for facts in FACTS.values()}))
+    raise ValueError(f"{folder} holds an adapter of type {peft_type}, which is not known here. Known: {known}.")
+
+
+def _task(task: str | None, kind: str, folder: Path) -> str:
+    if task is not None:
+        check(task, TASKS, "task")
+        return task
+    for ending, ours in TASK_OF.items():
+        if kind.endswith(ending):
+            return ours
+    if not kind:
+        raise ValueError(f"{folder} does not say which task it is for. Pass task=, one of {', '.join(TASKS)}.")
+    raise ValueError(f"{folder} is made for {kind}, which no task here covers. Tasks: {', '.join(TASKS)}.")
+
+
+def _labels(configs: list[dict[str, Any]], folder: Path, backbone: str, revision: str | None) -> list[str]:
+    """Return the names of the classes: the base's own where it has as many as the saved head."""
+    stored = {
+        key.removeprefix(hub.PREFIX): shape
+        for part in hub.part_folders(folder)
+        for key, shape in hub.shapes(part / hub.WEIGHTS).items()
+    }
+    config = backbones.load_config(backbone, revision=revision)
+    names = [str(config.id2label[i]) for i in sorted(config.id2label)]
+    number = next((stored[f"{head}.weight"][0] for head in HEADS if f"{head}.weight" in stored), len(names))
+    return names if len(names) == number else [f"LABEL_{i}" for i in range(number)]
+
+
+def _from_model(folder: Path, task: str | None, options: dict[str, Any]) -> AdaptableModule:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    task = _task(task, (config.get("architectures") or [""])[0], folder)
+    settings: dict[str, Any] = {"backbone": str(folder), **options}
+    if task == "classification":
+        names = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+        settings["labels"] = [names[key] for key in sorted(names, key=int)]
+    module: Any = task_class(task)(**settings)
+    module.configure_model()
+    return module  # type: ignore[no-any-return]
+
+
+def _use_tokenizer(module: Any, *places: Path) -> None:
+    """Take the tokenizer saved beside the adapter, if there is one: it carries the template of the training."""
+    folders = [place if place.is_dir() else place.parent for place in places]
+    folder = next((folder for folder in folders if (folder / "tokenizer_config.json").is_file()), None)
+    if folder is not None and hasattr(type(module), "tokenizer"):
+        module._tokenizer = AutoTokenizer.from_pretrained(folder)
