@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lit_peft import catalogue, ending, runs
+from lit_peft import catalogue, ending, runs, strategies  # noqa: F401 (strategies registers `fsdp2`)
 from lit_peft.callbacks import (
     AdapterCheckpoint,
     AnswerWriter,

@@ -126,7 +126,7 @@ class PEFT(AdaptableModule):
         mesh = self.device_mesh
         assert mesh is not None
         if mesh["tensor_parallel"].size() > 1:
-            raise TypeError("Adapters are not tensor-parallel. Set tensor_parallel_size=1 and raise data_parallel_size.")
+            raise TypeError("Adapters are not tensor-parallel. Use strategy fsdp2, or set tensor_parallel_size=1.")
         for layer in layers(self.model):
             fully_shard(layer, mesh=mesh["data_parallel"])
         fully_shard(self.model, mesh=mesh["data_parallel"])

@@ -13,15 +13,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from lit_peft.data.instructions import Instructions
 from lit_peft.mixin import PEFT
+from lit_peft.strategies import FSDP2Strategy
 from lit_peft.zoo import compose
 
 ROWS = 22  # does not divide by the batch, so that fillers are needed
-STEPS, HALF = 5, 3
+STEPS, HALF = 5, 2  # an epoch has three steps: HALF is in its middle
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"r": 4}},
     "rslora": {"lora": {"r": 4}},
@@ -33,21 +34,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 class Losses(Callback):
-    """Keeps the loss of every optimizer step."""
+    """Keeps the loss of every optimizer step, and saves a checkpoint in the middle of the first epoch."""
 
-    def __init__(self) -> None:
+    def __init__(self, save: Path | None) -> None:
         self.found: list[float] = []
+        self.save = save
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         if len(self.found) < trainer.global_step:
             self.found.append(float(trainer.callback_metrics["train_loss"]))
+            if trainer.global_step == HALF and self.save is not None:
+                trainer.save_checkpoint(self.save)
 
 
 def strategy(name: str) -> Any:
     if name == "ddp":
         return DDPStrategy(process_group_backend="gloo")
     if name == "fsdp2":
-        return ModelParallelStrategy(save_distributed_checkpoint=False, process_group_backend="gloo")
+        return FSDP2Strategy(process_group_backend="gloo")
     return "auto"
 
 
@@ -61,17 +65,19 @@ def trained(module: PEFT) -> dict[str, Tensor]:
     return found
 
 
-def fit(method: str, kind: str, folder: Path, out: Path, steps: int, ckpt: Path | None = None) -> tuple[PEFT, Trainer, Losses]:
+def fit(
+    method: str, kind: str, folder: Path, out: Path, save: Path | None = None, ckpt: Path | None = None
+) -> tuple[PEFT, Trainer, Losses]:
     seed_everything(3, verbose=False)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     module = compose(method, "sft")(str(folder), lr=1e-2, **SETTINGS[method])
     data = Instructions(str(out / "rows.jsonl"), batch_size=4 // world, max_length=64, val_fraction=0.1, cache_dir=str(out))
-    losses = Losses()
+    losses = Losses(save)
     trainer = Trainer(
         accelerator="cpu",
         devices=world,
         strategy=strategy(kind),
-        max_steps=steps,
+        max_steps=STEPS,
         accumulate_grad_batches=2,
         max_epochs=-1,
         logger=False,
@@ -80,7 +86,7 @@ def fit(method: str, kind: str, folder: Path, out: Path, steps: int, ckpt: Path 
         enable_checkpointing=False,
         num_sanity_val_steps=0,
         check_val_every_n_epoch=None,
-        val_check_interval=STEPS * 2,
+        val_check_interval=3,
         callbacks=[losses],
         default_root_dir=out,
         inference_mode=kind != "fsdp2",
@@ -96,19 +102,17 @@ def main(out: Path, folder: Path) -> None:
     kinds = ["ddp", "fsdp2"] if world > 1 else ["one"]
     for method in SETTINGS:
         for kind in kinds:
-            module, trainer, losses = fit(method, kind, folder, out, STEPS)
+            checkpoint = out / f"{method}-{kind}.ckpt"
+            module, trainer, losses = fit(method, kind, folder, out, save=checkpoint)
             metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val")}
             result = {"losses": losses.found, "weights": trained(module), "metrics": metrics}
-            _, trainer, _ = fit(method, kind, folder, out, HALF)
-            checkpoint = out / f"{method}-{kind}.ckpt"
-            trainer.save_checkpoint(checkpoint)
-            module, _, _ = fit(method, kind, folder, out, STEPS, checkpoint)
+            module, _, _ = fit(method, kind, folder, out, ckpt=checkpoint)
             result["resumed"] = trained(module)
             if rank == 0:
                 torch.save(result, out / f"{method}-{kind}.pt")
         if world > 1:  # one file serves both: go on under the other strategy
             for kind, other in (("ddp", "fsdp2"), ("fsdp2", "ddp")):
-                module, _, _ = fit(method, kind, folder, out, STEPS, out / f"{method}-{other}.ckpt")
+                module, _, _ = fit(method, kind, folder, out, ckpt=out / f"{method}-{other}.ckpt")
                 weights = trained(module)
                 if rank == 0:
                     torch.save({"weights": weights}, out / f"{method}-{other}-to-{kind}.pt")
