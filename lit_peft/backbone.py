@@ -4,9 +4,11 @@ A name is a hub id (`Qwen/Qwen3-0.6B`), a local folder, or `package:NAME` for a 
 and needs no hub. Weights are read from safetensors only, unless `use_safetensors=False` is passed.
 """
 
+import contextlib
 import difflib
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -118,12 +120,14 @@ def load_model(
 def load_tokenizer(
     name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the model called `name`.
+    """The tokenizer of the model called `name`, which may also be a folder that holds a tokenizer and no model.
 
     Raises:
         FileNotFoundError: There is no such model, or it has no tokenizer.
     """
-    folder = resolve(name)
+    alone = Path(name).expanduser()
+    # an adapter's folder carries its tokenizer too
+    folder = str(alone) if (alone / "tokenizer_config.json").is_file() else resolve(name)
     try:
         return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError) as error:
@@ -161,9 +165,9 @@ def auto_class(config: PretrainedConfig, task: Task) -> Any:
 def identity(name: str | Path, revision: str | None = None) -> dict[str, str | None]:
     """Name, revision and content hash of a model, to recognise an adapter that was trained on another base.
 
-    `sha` is the commit for a model of the hub, else `sha256:...` over the model type and, for each tensor, its name, type,
-    shape and first kilobyte. That takes milliseconds, yet tells two fine-tunings of one architecture apart, which have
-    equal configurations and equal file sizes.
+    `sha` is the commit for a model of the hub, else `sha256:...` over the model type and, for each tensor, its name,
+    type, shape and first kilobyte. That takes milliseconds, yet tells two fine-tunings of one architecture apart, whose
+    configurations and file sizes are equal.
 
     Raises:
         FileNotFoundError: There is no such model.
@@ -189,16 +193,19 @@ def resolve(name: str | Path) -> str:
         ValueError: Unknown `package:` name.
     """
     text = str(name)
+    if not text.strip():
+        raise ValueError("The model's name is empty: give a hub id, a folder or 'package:NAME'.")
     if text.startswith("package:"):
         return str(_from_package(text.removeprefix("package:")))
     folder = Path(text).expanduser()
     if folder.is_dir():
-        if (folder / "config.json").is_file():
-            return str(folder)
+        # asked first: transformers would load the adapter's base and inject the adapter without a word
         if (folder / "adapter_config.json").is_file():
             raise FileNotFoundError(
                 f"{text!r} holds an adapter, not a model: pass it as the adapter (--model.adapter {text})."
             )
+        if (folder / "config.json").is_file():
+            return str(folder)
         raise FileNotFoundError(f"Folder {text!r} holds no config.json, so it is no Hugging Face model folder.")
     # "org/name" may be either; these can only be paths
     if isinstance(name, Path) or text.startswith((".", "~", "/")) or text.count("/") > 1:
@@ -241,7 +248,9 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        build(draft)
+        # what is under way was announced in one line; the libraries' progress bars on top would be noise
+        with contextlib.redirect_stderr(io.StringIO()):
+            build(draft)
         draft.chmod(0o755)  # mkdtemp's 0700 would lock others out of a shared cache
         try:
             os.replace(draft, target)
@@ -257,11 +266,7 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
 def _convert_smollm2(source: Path, folder: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import GgufConfig
-    from transformers.utils import logging
 
-    # one line was announced; three progress bars on top would be noise
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     file = "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     # GGUF does not record that this tokenizer splits digits; without it numbers cost a fifth more nats
@@ -282,8 +287,6 @@ def _convert_smollm2(source: Path, folder: Path) -> None:
         settings.pad_token_id = tokenizer.pad_token_id
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
-    if bars:
-        logging.enable_progress_bar()
 
 
 _PACKAGES = {
@@ -334,17 +337,19 @@ def _readable(part: str, name: str | Path, revision: str | None, error: Exceptio
     start = f"Cannot load the {part} of {str(name)!r}{at}: "
     if isinstance(error, ValueError) and "trust_remote_code" in text:
         return ValueError(f"{start}it needs Python code of its repository; read it, then pass trust_remote_code=True.")
-    if Path(resolve(name)).is_dir():
+    if str(name).startswith("package:") or Path(name).expanduser().is_dir():
         if part == "weights" and "safetensors" in text:
             return FileNotFoundError(
                 f"{start}no *.safetensors in the folder; convert them, or pass use_safetensors=False for pickled ones."
             )
+        if part == "tokenizer" and "instantiate" in text:
+            return FileNotFoundError(f"{start}there is no tokenizer in the folder; save it beside the model.")
         return FileNotFoundError(start + text.split("\n")[0])
     if "gated" in text:
         return FileNotFoundError(f"{start}it is gated; accept its terms on huggingface.co, then run `hf auth login`.")
     if "not a valid model identifier" in text or "Repository Not Found" in text:
         return FileNotFoundError(f"{start}no such model on the hub and no such folder; check the spelling, or log in.")
-    if "revision" in text.lower() and "not a valid git identifier" in text:
+    if "not a valid git identifier" in text:
         return FileNotFoundError(f"{start}the repository has no such revision.")
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
         return FileNotFoundError(
