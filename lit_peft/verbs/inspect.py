@@ -140,10 +140,9 @@ def _base(base: Mapping[str, Any]) -> str:
 
 
 def _shown(settings: Mapping[str, Any]) -> str:
-    off: tuple[Any, ...] = (None, False, "none", [], {})
     pieces = []
     for key, value in settings.items():
-        if value in off and value != 0:
+        if value is None or value is False or value in ("none", [], {}):
             continue
         if isinstance(value, list) and len(value) > 12:
             value = f"{len(value)} of them"
@@ -194,7 +193,7 @@ def _coverage(console: Console, method: str, own: Mapping[str, list[Tensor]], co
         short = _short(list(names))
         if stack:
             counts = ", ".join(f"{short[name]} {len(norms)}/{depth}" for name, norms in names.items())
-            console.print(f"\n[bold]{method}[/bold] in {stack}: {counts}")
+            console.print(f"\n[bold]{method}[/bold] in {stack}: {counts}. Norms of what it adds:")
         else:
             console.print(f"\n[bold]{method}[/bold] outside of the layers:")
         columns = list(names)
