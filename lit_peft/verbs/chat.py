@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import TextStreamer
 
-from lit_peft.adapter import disabled, named_adapters
+from lit_peft.adapter import disabled
 from lit_peft.mixin import PEFT
 from lit_peft.restore import load
 from lit_peft.runs import quiet
@@ -135,7 +135,7 @@ class Chat:
     def _shorten(self, history: list[Message]) -> None:
         """Drop the oldest turns that do not fit into the model's context."""
         start, dropped = len(self.opening), 0
-        while len(history) - start > 2 and len(answers.render(self.module.tokenizer, history)) > self.room:
+        while len(history) - start > 2 and len(answers.render(self.module, history)) > self.room:
             del history[start : start + 2]
             dropped += 2
         if dropped:
@@ -154,11 +154,13 @@ def _speaker(module: SFT, max_new_tokens: int) -> Speaker:
 
 
 def _base_of(module: SFT, path: str, max_new_tokens: int) -> Speaker:
-    assert module.model is not None
     if not isinstance(module, PEFT):
         raise ValueError(f"{path} is a merged model, so its base is not in it. Give --vs the path of another model.")
-    if not any(True for _ in named_adapters(module.model)):
-        raise ValueError(f"{path} trained weights in place, so its base is not in it. Give --vs the base's folder.")
+    try:
+        with disabled(module):
+            pass
+    except TypeError as reason:
+        raise ValueError(f"{path} has no base to show: {reason} Or give --vs the base's own name.") from reason
 
     def speak(history: list[Message], streamer: Any) -> str:
         with disabled(module):
