@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -70,6 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # Idle OpenMP threads that spin make two processes on one machine 10 to 20 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # bitsandbytes says at import that an optional package of kernels is absent.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from lit_peft.faults import guarded
 
     with guarded() as outcome:

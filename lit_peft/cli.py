@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -19,6 +18,7 @@ from lit_peft.callbacks import (
     AdapterCheckpoint,
     AnswerWriter,
     GracefulStop,
+    RunProgress,
     RunReport,
     Throughput,
 )
@@ -114,7 +114,7 @@ class LitPEFTCLI(LightningCLI):
             parser_class=Parser,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            args=[request.verb, *self._arguments()],
+            args=[request.verb, *self._arguments()],  # sys.argv stays as typed: DDP starts its other processes with it
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
@@ -122,11 +122,8 @@ class LitPEFTCLI(LightningCLI):
     @classmethod
     def start(cls, verb: str, arguments: list[str]) -> LitPEFTCLI:
         """Run one verb from the command line."""
-        sys.argv = sys.argv[:1]  # LightningCLI warns about arguments given twice; DDP's children get theirs below
-        request = read(verb, arguments)
-        sys.argv = [sys.argv[0], verb, *arguments]
         runs.quiet()
-        return cls(request)
+        return cls(read(verb, arguments))
 
     # Before parsing --------------------------------------------------------------------------------------------------
 
@@ -185,13 +182,21 @@ class LitPEFTCLI(LightningCLI):
         check(self.request.task, catalogue.TASKS, "task")
         parser.set_defaults({"model": {"class_path": self.default_model}, "data": {"class_path": DATA[self.request.task]}})
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the arguments as rewritten here, not sys.argv."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: `_restore` has put the checkpoint's configuration *before* the flags, so that flags win."""
+
     # After parsing ---------------------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
         """Settle the run folder and the precision, and say which flags overrule a checkpoint."""
         config = self.config[self.request.verb]
         if self.saved:
-            for line in runs.overruled(self.saved, config.as_dict(), KEPT):
+            keys = (*KEPT, "trainer") if self.request.verb == "fit" else KEPT
+            for line in runs.overruled(self.saved, config.as_dict(), keys):
                 rank_zero_info(line)
         self.run_dir = runs.choose(self.request, config.run_dir)
         config.trainer.default_root_dir = str(self.run_dir)
@@ -217,9 +222,10 @@ class LitPEFTCLI(LightningCLI):
                 CSVLogger(self.run_dir, name="logs", version=session),
                 TensorBoardLogger(self.run_dir, name="tensorboard", version=session, default_hp_metric=False),
             ]
+        if verb != "preview" and config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):
+            extra.append(RunProgress())
         kwargs["callbacks"] = [*given, *extra]
-        if verb == "preview":
-            kwargs["enable_progress_bar"] = False
+        kwargs["enable_model_summary"] = bool(config.get("enable_model_summary"))  # one line of ours says more
         return super().instantiate_trainer(**kwargs)
 
     def _fit_callbacks(self) -> dict[type[Callback], Callable[[], Callback]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import traceback
@@ -56,10 +57,14 @@ def guarded() -> Iterator[Outcome]:
         outcome.code = stop.code if isinstance(stop.code, int) else (0 if stop.code is None else 1)
     except BrokenPipeError:
         outcome.code = 0
+    except TypeError as error:
+        if re.search(r"\(\) (missing|got |takes )", str(error)):  # a call that does not fit its function: our own bug
+            traceback.print_exc()
+        outcome.code = _report(error, USER_MISTAKE)
     except RunFailed as failure:
         cause = failure.__cause__ or failure
         outcome.code = _report(cause, FAILED, str(failure))
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError) as mistake:
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError) as mistake:
         outcome.code = _report(mistake, USER_MISTAKE)
     except (OSError, RuntimeError) as failure:
         outcome.code = _report(failure, FAILED)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_peft import hub
@@ -17,7 +18,7 @@ from lit_peft.adapter import Adapter, keep_selection, merge, named_adapters
 from lit_peft.callbacks.adapter_freeze import AdapterFreeze
 from lit_peft.callbacks.base import AdapterCallback
 from lit_peft.module import AdaptableModule
-from lit_peft.sites import layers
+from lit_peft.sites import describe_coverage, layers
 
 Config = TypeVar("Config")
 
@@ -103,8 +104,18 @@ class PEFT(AdaptableModule):
             callbacks.insert(0, AdapterFreeze())
         for callback in callbacks:
             callback.on_adapters_placed(trainer, self)
+        self.announce_coverage()
         if trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy):
             self.shard()
+
+    def announce_coverage(self) -> None:
+        """Say how much is trained, and which layers the adapters cover."""
+        assert self.model is not None
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.model.parameters())
+        paths = [path for path, _ in named_adapters(self.model)]
+        where = f": {describe_coverage(paths, self.model)}" if paths else ""
+        rank_zero_info(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}){where}")
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring `AdapterFreeze`, unless the Trainer has one."""
@@ -127,8 +138,8 @@ class PEFT(AdaptableModule):
         assert mesh is not None
         if mesh["tensor_parallel"].size() > 1:
             raise TypeError("Adapters are not tensor-parallel. Use strategy fsdp2, or set tensor_parallel_size=1.")
-        for layer in layers(self.model):
-            fully_shard(layer, mesh=mesh["data_parallel"])
+        for path in layers(self.model):
+            fully_shard(self.model.get_submodule(path), mesh=mesh["data_parallel"])
         fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def learning_rate(self, name: str, parameter: nn.Parameter) -> float | None:

@@ -10,6 +10,7 @@ import logging
 import os
 import pickle
 import platform
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from datetime import date
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from transformers.utils.logging import disable_progress_bar
 
 from lit_peft.request import Request
 
@@ -27,16 +29,43 @@ CHECKPOINTS = "checkpoints"
 HOME = Path("runs")
 
 
+NOISE = (
+    "litlogger",
+    "TPU available",
+    "Loading `train_dataloader` to estimate",
+    "`Trainer.fit` stopped",
+    "Using bfloat16 Automatic Mixed Precision",
+    "Restoring states from",
+    "Restored all states",
+    "Loaded model weights",
+)
+HARMLESS = (
+    ".*does not have many workers.*",
+    ".*smaller than the logging interval.*",
+    ".*in eval mode at the start.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*Experiment logs directory.*",
+    ".*but have no `val_dataloader`.*",
+    ".*is not supported by the model summary.*",
+    ".*contains `None` val.*",
+    ".*isinstance.treespec, LeafSpec.*",
+    ".*callbacks used to create the checkpoint need to be provided.*",
+)
+
+
 def quiet() -> None:
     """Silence what would bury the run's own lines."""
-    logging.getLogger("lightning.pytorch").addFilter(lambda record: "litlogger" not in record.getMessage().lower())
-    for text in (".*does not have many workers.*", ".*`log_every_n_steps`.*", ".*in eval mode at the start.*"):
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    log.addFilter(lambda record: not any(text in record.getMessage() for text in NOISE))
+    for text in HARMLESS:
         warnings.filterwarnings("ignore", text)
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*Experiment logs directory.*")
-    warnings.filterwarnings("ignore", ".*isinstance.treespec.*")
+    warnings.showwarning = _plainly
+    disable_progress_bar()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _plainly(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
 
 
 def choose(request: Request, asked: str | None) -> Path:
@@ -149,9 +178,11 @@ def overruled(saved: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[s
         return {k: v for key in keys if key in config for k, v in leaves(config[key], key).items()}
 
     before, after = flat(saved), flat(now)
-    changed = [key for key in before if key in after and str(before[key]) != str(after[key])]
-    names = {key: key.replace(".init_args", "") for key in changed}
-    return [f"{names[key]}: {after[key]} overrules the checkpoint's {before[key]}" for key in changed]
+    return [
+        f"{key.replace('.init_args', '')}: {after[key]} overrules the checkpoint's {before.get(key)}"
+        for key in after
+        if key.rpartition(".")[0] and str(before.get(key)) != str(after[key])
+    ]
 
 
 def session(folder: Path) -> str:

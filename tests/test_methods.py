@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lit_peft.adapter import disabled, innermost, named_adapters
-from lit_peft.methods.lora import shape_of
 from lit_peft.mixin import PEFT
-from lit_peft.sites import layers, linears
+from lit_peft.sites import linears, stacks, widths
 from lit_peft.zoo import compose
 from tests.models import IM_END, VOCAB, save_tiny
 
@@ -26,21 +25,17 @@ Count = Callable[[nn.Module], int]  # closed formula over the *base* model
 
 
 def lora_count(r: int) -> Count:
-    return lambda model: sum(r * sum(shape_of(linear)) for linear in linears(model).values())
+    return lambda model: sum(r * sum(widths(linear)) for linear in linears(model).values())
 
 
 def biases(model: nn.Module) -> int:
     """BitFit: every bias outside the new head; where there is none, one for every linear layer."""
     found = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias") and not n.startswith(HEADS))
-    return found or sum(shape_of(linear)[1] for linear in linears(model).values())
+    return found or sum(widths(linear)[1] for linear in linears(model).values())
 
 
 def last_layer(model: nn.Module) -> int:
-    stacks = {}
-    paths = {id(m): n for n, m in model.named_modules()}
-    for layer in layers(model):
-        stacks[paths[id(layer)].rpartition(".")[0]] = sum(p.numel() for p in layer.parameters())
-    return sum(stacks.values())
+    return sum(p.numel() for stack in stacks(model) for p in model.get_submodule(stack[-1]).parameters())
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lit_peft.adapter import Adapter, innermost, place
-from lit_peft.methods.lora import shape_of
 from lit_peft.mixin import PEFT
-from lit_peft.sites import match
+from lit_peft.sites import match, widths
 
 # Modules whose output is (something) + bias. Others (an attention block's packed bias) do not add it at the end.
 ADDS_BIAS = (nn.Linear, Conv1D, nn.LayerNorm, nn.GroupNorm)
@@ -79,7 +78,7 @@ class BitFitBias(Adapter):
             self.bitfit_bias = nn.ParameterDict()
         base = innermost(self.base)
         bias = base._parameters.get("bias")
-        size = bias.shape if bias is not None else (shape_of(base)[1],)
+        size = bias.shape if bias is not None else (widths(base)[1],)
         device = next(base.parameters()).device
         self.bitfit_bias[name] = nn.Parameter(torch.zeros(size, device=device, dtype=torch.float32))
 

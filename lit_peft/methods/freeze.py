@@ -13,7 +13,7 @@ from torch import nn
 
 from lit_peft.adapter import named_adapters, remember
 from lit_peft.mixin import PEFT
-from lit_peft.sites import layers
+from lit_peft.sites import stacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,16 +60,12 @@ class Freeze(PEFT):
         """Choose the layers and keep a copy of them."""
         super().place_adapters()
         assert self.model is not None
-        stacks: dict[str, list[str]] = {}
-        paths = {id(module): path for path, module in self.model.named_modules()}
-        for layer in layers(self.model):
-            path = paths[id(layer)]
-            stacks.setdefault(path.rpartition(".")[0], []).append(path)
-        shortest = min(len(stack) for stack in stacks.values())
+        found = stacks(self.model)
+        shortest = min((len(stack) for stack in found), default=0)
         wanted = self.freeze_config.last_layers
         if wanted > shortest:
             raise ValueError(f"freeze.last_layers is {wanted}, but this model has {shortest} layers.")
-        self._trained = tuple(f"{path}." for stack in stacks.values() for path in stack[-wanted:])
+        self._trained = tuple(f"{path}." for stack in found for path in stack[-wanted:])
         if self.freeze_config.keep_base:
             adapters = {id(p) for _, adapter in named_adapters(self.model) for _, p in adapter.own_parameters()}
             named = self.model.named_parameters()

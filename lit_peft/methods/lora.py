@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_peft.adapter import Adapter, innermost, named_adapters, place
 from lit_peft.mixin import PEFT
-from lit_peft.sites import match
+from lit_peft.sites import match, widths
 from lit_peft.targets import KEYS, stored_targets
 
 # PEFT's settings that leave plain LoRA's formula as it is, or are read below; any other must be off.
@@ -136,7 +136,7 @@ class LoRALinear(Adapter):
         if "lora_a" not in self._modules:
             self.lora_a = nn.ParameterDict()
             self.lora_b = nn.ParameterDict()
-        wide, tall = shape_of(self.base)
+        wide, tall = widths(innermost(self.base))
         device = next(self.base.parameters()).device
         a = torch.empty(config.r, wide, device=device, dtype=torch.float32)
         if device.type != "meta":
@@ -179,14 +179,6 @@ class LoRALinear(Adapter):
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return A and B under HF PEFT's names."""
         return {"lora_A.weight": self.lora_a[name].detach(), "lora_B.weight": self.lora_b[name].detach()}
-
-
-def shape_of(linear: nn.Module) -> tuple[int, int]:
-    """Return (in, out) of a linear layer of any kind, adapted or not."""
-    linear = innermost(linear)
-    if isinstance(linear, Conv1D):
-        return linear.weight.shape[0], linear.weight.shape[1]
-    return int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]
 
 
 class LoRA(PEFT):

@@ -81,6 +81,7 @@ class Task(AdaptableModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._config: Any = None
         self._window: Tensor | None = None
+        self._settings: list[tuple[float, float]] = []
         self.save_hyperparameters(
             {
                 "backbone": backbone,
@@ -195,6 +196,7 @@ class Task(AdaptableModule):
 
             kind = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}[self.optim]
             optimizer = kind(groups)
+        self._settings = [(group["lr"], group["weight_decay"]) for group in groups]
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):  # an endless run has no end to anneal towards
             return optimizer
@@ -203,6 +205,22 @@ class Task(AdaptableModule):
             name, optimizer, num_warmup_steps=round(self.warmup * total), num_training_steps=int(total)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Let this run's learning rate and weight decay win over those a checkpoint brought back."""
+        super().on_train_start()
+        for optimizer in self.trainer.optimizers:
+            if len(optimizer.param_groups) != len(self._settings):
+                continue
+            for group, (lr, decay) in zip(optimizer.param_groups, self._settings, strict=True):
+                group["weight_decay"] = decay
+                before = group.get("initial_lr", group["lr"])
+                if before != lr:
+                    group["lr"] *= lr / before
+                    group["initial_lr"] = lr
+        for config in self.trainer.lr_scheduler_configs:
+            if len(config.scheduler.base_lrs) == len(self._settings):
+                config.scheduler.base_lrs = [lr for lr, _ in self._settings]
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
