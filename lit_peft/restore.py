@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -66,17 +69,30 @@ def load(
     """
     kind, found = locate(path)
     options: dict[str, Any] = {"dtype": dtype} if dtype else {}
-    if kind == "checkpoint":
-        module = _from_checkpoint(found, backbone, options, check_base)
-    elif kind == "adapter":
-        module = _from_adapter(found, backbone, task, options, check_base)
-    else:
-        if backbone is not None:
-            raise ValueError(f"{found} is a whole model, so there is no base to choose. Leave backbone out.")
-        module = _from_model(found, task, options)
+    if kind == "model" and backbone is not None:
+        raise ValueError(f"{found} is a whole model, so there is no base to choose. Leave backbone out.")
+    with _silence():
+        if kind == "checkpoint":
+            module = _from_checkpoint(found, backbone, options, check_base)
+        elif kind == "adapter":
+            module = _from_adapter(found, backbone, task, options, check_base)
+        else:
+            module = _from_model(found, task, options)
     _use_tokenizer(module, Path(path), found)
     module.eval()
     return module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Leave out what is said to someone who trains: how much is trained, what was created for it."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _from_checkpoint(path: Path, backbone: str | None, options: dict[str, Any], check_base: bool) -> AdaptableModule:

@@ -85,3 +85,11 @@ def method_of(peft_type: str, folder: Path) -> str:
             return name
     known = ", ".join(sorted({facts.peft_type for facts in FACTS.values()}))
     raise ValueError(f"{folder} holds an adapter of type {peft_type}, which is not known here. Known: {known}.")
+
+
+def merge_summary(report: dict[str, Any]) -> str:
+    """Return a merge report in one line."""
+    kinds = " + ".join(report["merged"]) or "weights trained in place"
+    largest = f"largest logit {report['largest_logit']:.3g}"
+    differences = ", ".join(f"{value:.2g} in {dtype}" for dtype, value in report["differences"].items())
+    return f"{report['dtype']}, {kinds} folded; logits differ by {differences} ({largest})."

@@ -37,14 +37,15 @@ def run(path: str, out: str, to: Literal["peft", "hf"] = "peft", backbone: str |
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{out} is not empty. Choose a new folder.")
     quiet()
-    module: Any = load(path, backbone=backbone, device="cpu")
+    module = load(path, backbone=backbone, device="cpu")
     if not isinstance(module, PEFT):
         raise ValueError(f"{path} is a whole model, which transformers loads as it is. There is no adapter to export.")
     _check(module)
     module.save_adapter(folder)
     try:
-        if hasattr(type(module), "tokenizer"):
-            module.tokenizer.save_pretrained(folder)
+        tokenizer: Any = getattr(module, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)  # nothing half-written
         raise

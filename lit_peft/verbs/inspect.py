@@ -17,7 +17,8 @@ from torch import Tensor
 
 from lit_peft import hub
 from lit_peft.catalogue import FACTS
-from lit_peft.saved import locate, method_of, read_checkpoint
+from lit_peft.saved import locate, merge_summary, method_of, read_checkpoint
+from lit_peft.targets import KEYS
 
 COLUMNS = 7  # norms beside each other that 80 characters hold
 # Adapters' own tensors are named method-first: lora_a, lora_A.weight, bitfit_bias, ...
@@ -122,7 +123,7 @@ _NOT_SETTINGS = {
         "inference_mode",
         "peft_version",
     ),
-    *("megatron_core", "qalora_group_size", "fan_in_fan_out", hub.KEYS),
+    *("megatron_core", "qalora_group_size", "fan_in_fan_out", KEYS),
 }
 
 
@@ -248,4 +249,6 @@ def _model(console: Console, folder: Path) -> None:
     console.print(f"{', '.join(config.get('architectures') or ['unknown'])}, {number:,} parameters, no adapter")
     report = folder / "merge_report.json"
     if report.is_file():
-        console.print(f"merged: {report.read_text(encoding='utf-8').strip()}", markup=False)
+        measured = json.loads(report.read_text(encoding="utf-8"))
+        console.print(f"base: {_base(measured.get('base') or {})}", markup=False)
+        console.print(f"merge: {merge_summary(measured)}", markup=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,6 +11,7 @@ from lit_peft.merging import check_folder, write_merged
 from lit_peft.mixin import PEFT
 from lit_peft.restore import load
 from lit_peft.runs import quiet
+from lit_peft.saved import merge_summary
 
 
 def run(
@@ -46,12 +47,4 @@ def run(
         report = write_merged(module, out, atol=atol, dtype=dtype)
     except TypeError as reason:
         raise ValueError(f"Cannot merge {path}: {reason}") from reason
-    Console(highlight=False).print(f"Wrote {escape(out)}: {escape(summary(report))}", soft_wrap=True)
-
-
-def summary(report: dict[str, Any]) -> str:
-    """Return a merge report in one line."""
-    kinds = " + ".join(report["merged"]) or "weights trained in place"
-    largest = f"largest logit {report['largest_logit']:.3g}"
-    differences = ", ".join(f"{value:.2g} in {dtype}" for dtype, value in report["differences"].items())
-    return f"{report['dtype']}, {kinds} folded; logits differ by {differences} ({largest})."
+    Console(highlight=False).print(f"Wrote {escape(out)}: {escape(merge_summary(report))}", soft_wrap=True)

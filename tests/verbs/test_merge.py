@@ -31,7 +31,9 @@ def test_transformers_loads_it(tmp_path: Path, base: Path, method: str, capsys: 
         assert (plain(IDS).logits - logits(module)).abs().max() < 1e-4
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
     inspect.run(str(tmp_path / "out"))
-    assert "whole model" in capsys.readouterr().out
+    screen = capsys.readouterr().out
+    assert "whole model" in screen
+    assert "logits differ by" in screen
 
 
 def test_export_to_hf_and_dtype(tmp_path: Path, base: Path) -> None:

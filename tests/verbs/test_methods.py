@@ -65,6 +65,12 @@ def test_one_and_json(capsys: pytest.CaptureFixture[str]) -> None:
         methods.run("lorra")
 
 
+def test_shorthand() -> None:
+    assert methods.shorthand([]) == []
+    assert methods.shorthand(["lora", "--json"]) == ["--name=lora", "--json=true"]
+    assert methods.shorthand(["--json", "--name", "lora"]) == ["--json=true", "--name", "lora"]
+
+
 def test_no_model_code_is_imported() -> None:
     code = (
         "import sys; from lit_peft.verbs import methods; methods.run(); methods.run('lora');"
