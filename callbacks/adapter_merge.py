@@ -13,7 +13,7 @@ from lit_peft.merging import PROBES, check_folder, check_mergeable, write_merged
 
 
 class AdapterMerge(Callback):
-    """Write the merged model at the end of training, with `merge_report.json`: how far its answers are from the adapter's.
+    """Write the merged model at the end of training, with a report of how far its answers are from the adapter's.
 
     The module itself is not merged: it can be trained on, and its checkpoints stay adapters.
 

@@ -53,8 +53,8 @@ class AnswerWriter(BasePredictionWriter):
             TypeError: if `predict_step` returned no list of dicts.
         """
         if not isinstance(prediction, list) or not all(isinstance(record, dict) for record in prediction):
-            kind = type(prediction).__name__
-            raise TypeError(f"{type(pl_module).__name__}.predict_step returned a {kind}; AnswerWriter needs a list of dicts.")
+            name, kind = type(pl_module).__name__, type(prediction).__name__
+            raise TypeError(f"{name}.predict_step returned a {kind}; AnswerWriter needs a list of dicts, one a row.")
         for place, record in enumerate(prediction):
             self._records.append((dataloader_idx, batch_idx, place, record))
 

@@ -54,8 +54,8 @@ def write_merged(
         atol: largest accepted logit difference in float32, relative to the largest logit where that is above 1.
 
     Returns:
-        The report, as in `merge_report.json`: `differences` (largest |logit difference| of the merged copy to the adapted
-        model, per dtype), `reloaded` (of the folder to the merged copy), `largest_logit`, `dtype`, ...
+        The report, as in `merge_report.json`: `differences` (largest |logit difference| of the merged copy to the
+        adapted model, per dtype), `reloaded` (of the folder to the merged copy), `largest_logit`, `dtype`, ...
 
     Raises:
         FileExistsError: if the folder holds something that is no earlier merge.
@@ -259,8 +259,8 @@ def fit_biases(model: nn.Module) -> int:
                 extra = left
     if extra:
         raise TypeError(
-            f"{type(model).__name__} has no place for {sorted(extra)[0]!r}, which was trained; loading the merged folder "
-            "would drop it. Export the adapter instead of merging."
+            f"{type(model).__name__} has no place for {sorted(extra)[0]!r}, which was trained; loading the merged "
+            "folder would drop it. Export the adapter instead of merging."
         )
     missing = sorted(_announced(type(model), config) - present)
     for name in missing:
@@ -294,8 +294,8 @@ def _write(
         tolerance = report["atol"] if report["dtype"] == "float32" else 0.05
         if not report["reloaded"] <= tolerance * max(1.0, report["largest_logit"]):
             raise ValueError(
-                f"The merged folder, loaded by transformers, differs from the merged model by {report['reloaded']:.2g}; "
-                "nothing was written. Export the adapter instead."
+                "The merged folder, loaded by transformers, differs from the merged model by "
+                f"{report['reloaded']:.2g}; nothing was written. Export the adapter instead."
             )
         (temporary / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         temporary.chmod(0o755)

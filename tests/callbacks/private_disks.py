@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from lit_peft.callbacks import AdapterCheckpoint
+from lit_peft.callbacks import AdapterCheckpoint, AdapterMerge
 from lit_peft.data.loader import ResumableLoader
 from tests.callbacks.tiny_runs import Killed, Losses, make_loader, make_module, make_trainer
 
@@ -36,6 +36,7 @@ def fit(strategy: str, base: Path, folder: str, die_at: tuple[int, int] | None, 
         AdapterCheckpoint(folder, every_n_steps=4),
         losses,
         OwnStates(),
+        AdapterMerge(f"{folder}-merged"),
         strategy=chosen,
         num_nodes=2,
         devices=1,

@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import random
 import socket
@@ -248,3 +249,6 @@ def test_resume_without_a_shared_disk(strategy: str, tmp_path: Path) -> None:
     # what the first process had when the second run began was shipped; what it wrote since was not
     assert first.is_file()
     assert second.is_file()
+    report = json.loads((tmp_path / "0/run-merged/merge_report.json").read_text())
+    assert report["differences"]["float32"] < 1e-4
+    assert not (tmp_path / "1/run-merged").exists()
