@@ -48,15 +48,15 @@ class AdapterFreeze(AdapterCallback):
         """Set `requires_grad` on every parameter of the model."""
         model = module.model
         assert model is not None
-        own = {
-            id(parameter) for _, adapter in named_adapters(model) for _, parameter in adapter.own_parameters()
-        }
+        own = {id(parameter) for _, adapter in named_adapters(model) for _, parameter in adapter.own_parameters()}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(id(parameter) in own or module.is_trainable(name, parameter))
         if self.thaw_epoch is None:
             return
         if trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy):
-            raise TypeError("Thawing is not possible under FSDP2 (shards are laid out once). Use --trainer.strategy ddp.")
+            raise TypeError(
+                "Thawing is not possible under FSDP2 (shards are laid out once). Use --trainer.strategy ddp."
+            )
         self._names = [
             name for name, p in model.named_parameters() if not p.requires_grad and self.thaw_modules.search(name)
         ]

@@ -58,7 +58,9 @@ class SampleAnswers(Callback):
         """
         needed = "predict_step" if self.prompts is None else "reply"
         if not callable(getattr(pl_module, needed, None)):
-            raise TypeError(f"{type(pl_module).__name__} has no {needed}, which SampleAnswers needs. Remove the callback.")
+            raise TypeError(
+                f"{type(pl_module).__name__} has no {needed}, which SampleAnswers needs. Remove the callback."
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer on all processes (a sharded model needs them all), show and write on the first."""

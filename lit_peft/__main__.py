@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with guarded() as outcome:
         if verb in TRAINER_VERBS:
-            from lit_peft.cli import LitPEFTCLI
+            from lit_peft.cli.app import LitPEFTCLI
 
             LitPEFTCLI.start(verb, rest)
         else:

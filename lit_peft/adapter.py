@@ -76,7 +76,9 @@ class Adapter(nn.Module):
             ValueError: if the name is taken.
         """
         if name in self.configs:
-            raise ValueError(f"This model already has an adapter named {name!r}. Choose another name, or delete it first.")
+            raise ValueError(
+                f"This model already has an adapter named {name!r}. Choose another name, or delete it first."
+            )
         self.configs[name] = config
 
     def active(self) -> tuple[str, ...]:
@@ -312,7 +314,9 @@ def _swapped(scope: Scope) -> Iterator[None]:
         for key, (parameter, original) in originals.items():
             if type(parameter.data) is not Tensor:
                 kind = type(parameter.data).__name__
-                raise TypeError(f"Cannot give the base back: {key} is sharded ({kind}). Use `disabled` before sharding.")
+                raise TypeError(
+                    f"Cannot give the base back: {key} is sharded ({kind}). Use `disabled` before sharding."
+                )
             tuned.append((parameter, parameter.data))
             parameter.data = original.to(parameter.device, parameter.dtype)
         yield

@@ -160,7 +160,9 @@ class PEFT(AdaptableModule):
         """Return the names, as in `state_dict`, of what a checkpoint must hold: adapters and declared weights."""
         if not self._placed or self.model is None:
             return set()
-        keys = {f"model.{path}.{key}" for path, adapter in named_adapters(self.model) for key, _ in adapter.own_parameters()}
+        keys = {
+            f"model.{path}.{key}" for path, adapter in named_adapters(self.model) for key, _ in adapter.own_parameters()
+        }
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if parameter.requires_grad or self.is_trainable(name, parameter):
                 keys.add(f"model.{name}")
@@ -205,8 +207,10 @@ class PEFT(AdaptableModule):
         missing = sorted(self.trained_keys() - stored)
         surplus = sorted(stored - present)
         if missing or surplus:
-            what = f"lacks {len(missing)} of the weights that are trained here, such as {missing[0]!r}" if missing else (
-                f"holds {len(surplus)} weights that this model lacks, such as {surplus[0]!r}"
+            what = (
+                f"lacks {len(missing)} of the weights that are trained here, such as {missing[0]!r}"
+                if missing
+                else (f"holds {len(surplus)} weights that this model lacks, such as {surplus[0]!r}")
             )
             raise ValueError(f"The checkpoint {what}. Was it made with another method, rank or base model?")
 
@@ -288,5 +292,3 @@ def _is_task(cls: type) -> bool:
 
 def _holds_task(cls: type) -> bool:
     return any(_is_task(parent) for parent in cls.__mro__)
-
-

@@ -217,7 +217,9 @@ def test_only_what_is_declared_trains(case: Case, kind: str, task: str, folders:
 
 def _cancels(name: str, kind: str) -> bool:
     unused = kind == "t5" and "relative_attention_bias" in name
-    return "key" in name or "k_proj" in name or unused or name.startswith(("pooler", "wpe", "shared")) or "embed" in name
+    return (
+        "key" in name or "k_proj" in name or unused or name.startswith(("pooler", "wpe", "shared")) or "embed" in name
+    )
 
 
 @grid

@@ -36,9 +36,9 @@ class Full(PEFT):
         if self.keep_base:
             remember(self.model, self.model.named_parameters())
         else:
-            scope_of(self.model).irreversible = (
-                "Full fine-tuning overwrites the base, so it cannot be given back. Set keep_base=True to keep a copy of it."
-            )
+            scope_of(
+                self.model
+            ).irreversible = "Full fine-tuning overwrites the base, so it cannot be given back. Set keep_base=True to keep a copy of it."
 
     def is_trainable(self, name: str, parameter: nn.Parameter) -> bool:
         """Everything is."""

@@ -35,9 +35,7 @@ class Classification(Task):
 
     peft_task_type = "SEQ_CLS"
 
-    def __init__(
-        self, backbone: str, *, labels: list[str] | None = None, head_lr: float = 1e-3, **kwargs: Any
-    ) -> None:
+    def __init__(self, backbone: str, *, labels: list[str] | None = None, head_lr: float = 1e-3, **kwargs: Any) -> None:
         super().__init__(backbone, **kwargs)
         self.labels = labels
         self.head_lr = head_lr

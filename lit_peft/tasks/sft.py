@@ -62,7 +62,9 @@ class SFT(Task):
             return logits[kept], labels[kept]
         targets = labels[:, 1:]
         columns = (targets != IGNORED).any(0).nonzero().squeeze(1)
-        if columns.numel() == 0:  # nothing to learn here: one column keeps the graph, so that every process has gradients
+        if (
+            columns.numel() == 0
+        ):  # nothing to learn here: one column keeps the graph, so that every process has gradients
             columns = columns.new_zeros(1)
         if _takes_logits_to_keep(type(model)):
             logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
@@ -169,5 +171,3 @@ def _takes_logits_to_keep(kind: type) -> bool:
     if kind not in _TAKES:
         _TAKES[kind] = "logits_to_keep" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
     return _TAKES[kind]
-
-

@@ -187,11 +187,15 @@ class Task(AdaptableModule):
         groups = self.parameter_groups()
         optimizer: Optimizer
         if self.optim == "adamw":
-            fused = self.device.type == "cuda" and not any(hasattr(p, "full_tensor") for g in groups for p in g["params"])
+            fused = self.device.type == "cuda" and not any(
+                hasattr(p, "full_tensor") for g in groups for p in g["params"]
+            )
             optimizer = torch.optim.AdamW(groups, fused=fused)
         else:
             if self.device.type != "cuda":
-                raise ValueError(f"optim {self.optim!r} needs a CUDA device; this is {self.device.type}. Use optim=adamw.")
+                raise ValueError(
+                    f"optim {self.optim!r} needs a CUDA device; this is {self.device.type}. Use optim=adamw."
+                )
             import bitsandbytes as bnb
 
             kind = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}[self.optim]
@@ -227,7 +231,9 @@ class Task(AdaptableModule):
     ) -> None:
         """Clip by the Trainer's setting, or to `max_grad_norm` where it has none."""
         value = self.max_grad_norm if gradient_clip_val is None else gradient_clip_val
-        self.clip_gradients(optimizer, gradient_clip_val=value, gradient_clip_algorithm=gradient_clip_algorithm or "norm")
+        self.clip_gradients(
+            optimizer, gradient_clip_val=value, gradient_clip_algorithm=gradient_clip_algorithm or "norm"
+        )
 
     # Exact accumulation ----------------------------------------------------------------------------------------------
 

@@ -14,8 +14,8 @@ from transformers import TextStreamer
 
 from lit_peft.adapter import disabled
 from lit_peft.mixin import PEFT
+from lit_peft.quiet import quiet
 from lit_peft.restore import load
-from lit_peft.runs import quiet
 from lit_peft.tasks import answers
 from lit_peft.tasks.sft import SFT
 

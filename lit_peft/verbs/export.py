@@ -11,8 +11,8 @@ from rich.markup import escape
 
 from lit_peft import hub
 from lit_peft.mixin import PEFT
+from lit_peft.quiet import quiet
 from lit_peft.restore import load
-from lit_peft.runs import quiet
 
 
 def run(path: str, out: str, to: Literal["peft", "hf"] = "peft", backbone: str | None = None) -> None:

@@ -9,8 +9,8 @@ from rich.markup import escape
 
 from lit_peft.merging import check_folder, write_merged
 from lit_peft.mixin import PEFT
+from lit_peft.quiet import quiet
 from lit_peft.restore import load
-from lit_peft.runs import quiet
 from lit_peft.saved import merge_summary
 
 

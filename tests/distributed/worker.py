@@ -71,7 +71,9 @@ def fit(
     seed_everything(3, verbose=False)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     module = compose(method, "sft")(str(folder), lr=1e-2, **SETTINGS[method])
-    data = Instructions(str(out / "rows.jsonl"), batch_size=4 // world, max_length=64, val_fraction=0.1, cache_dir=str(out))
+    data = Instructions(
+        str(out / "rows.jsonl"), batch_size=4 // world, max_length=64, val_fraction=0.1, cache_dir=str(out)
+    )
     losses = Losses(save)
     trainer = Trainer(
         accelerator="cpu",

@@ -6,12 +6,8 @@ A run folder: `config.yaml` (everything resolved), `checkpoints/` (best and last
 
 from __future__ import annotations
 
-import logging
 import os
-import pickle
 import platform
-import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
@@ -20,52 +16,13 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from transformers.utils.logging import disable_progress_bar
 
-from lit_peft.request import Request
+from lit_peft.cli.request import Request
+from lit_peft.saved import locate, read_checkpoint
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 HOME = Path("runs")
-
-
-NOISE = (
-    "litlogger",
-    "TPU available",
-    "Loading `train_dataloader` to estimate",
-    "`Trainer.fit` stopped",
-    "Using bfloat16 Automatic Mixed Precision",
-    "Restoring states from",
-    "Restored all states",
-    "Loaded model weights",
-)
-HARMLESS = (
-    ".*does not have many workers.*",
-    ".*smaller than the logging interval.*",
-    ".*in eval mode at the start.*",
-    ".*Checkpoint directory .* exists and is not empty.*",
-    ".*Experiment logs directory.*",
-    ".*but have no `val_dataloader`.*",
-    ".*is not supported by the model summary.*",
-    ".*contains `None` val.*",
-    ".*isinstance.treespec, LeafSpec.*",
-    ".*callbacks used to create the checkpoint need to be provided.*",
-)
-
-
-def quiet() -> None:
-    """Silence what would bury the run's own lines."""
-    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    log.addFilter(lambda record: not any(text in record.getMessage() for text in NOISE))
-    for text in HARMLESS:
-        warnings.filterwarnings("ignore", text)
-    warnings.showwarning = _plainly
-    disable_progress_bar()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-def _plainly(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-    print(f"warning: {' '.join(str(message).split())}", file=file or sys.stderr)
 
 
 def choose(request: Request, asked: str | None) -> Path:
@@ -120,35 +77,25 @@ def find_checkpoint(asked: str, method: str, task: str) -> Path:
             raise FileNotFoundError(f"There is no {asked} checkpoint under {HOME}/*-{method}-{task}. Give its path.")
         return wanted[-1]
     path = Path(asked)
-    if path.is_dir() and not (path / "meta.pt").exists():
-        inside = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
-        best = sorted(p for p in inside.glob("*.ckpt") if p.stem != "last")
-        candidates = [*best, *inside.glob("last.ckpt")]
-        if not candidates:
-            raise FileNotFoundError(f"{path} holds no checkpoint.")
-        return candidates[0]
-    if not path.exists():
-        near = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
-        raise FileNotFoundError(f"There is no checkpoint {path}.{f' There is {near[0]}.' if near else ''}")
-    return path
+    if path.exists():
+        kind, found_path = locate(path)
+        if kind != "checkpoint":
+            raise FileNotFoundError(
+                f"{path} holds a saved {kind}, no checkpoint. Start from it with --model.adapter {path}."
+            )
+        return found_path
+    near = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+    raise FileNotFoundError(f"There is no checkpoint {path}.{f' There is {near[0]}.' if near else ''}")
 
 
 def saved_config(checkpoint: str | Path) -> dict[str, Any]:
     """Return the configuration inside a checkpoint; of one made in Python, what its hyper-parameters say.
 
     Raises:
-        ValueError: if the file is damaged.
+        ValueError: if the file is damaged or none of ours.
     """
-    path = Path(checkpoint)
-    path = path / "meta.pt" if path.is_dir() else path
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged, half-written or no checkpoint of ours ({' '.join(str(error).split())[:120]}). Use the "
-            "other checkpoint of that folder."
-        ) from error
-    note = content.get("lit_peft", {})
+    content = read_checkpoint(Path(checkpoint))
+    note = content["lit_peft"]
     if "config" in note:
         return dict(note["config"])
     if "class_path" not in note:

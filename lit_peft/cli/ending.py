@@ -18,7 +18,7 @@ from lit_peft.tasks import answers
 from lit_peft.tasks.sft import SFT
 
 if TYPE_CHECKING:
-    from lit_peft.cli import LitPEFTCLI
+    from lit_peft.cli.app import LitPEFTCLI
 
 # logged name -> (what a reader sees, how it is written)
 MEASURES = {
@@ -94,7 +94,9 @@ def _test(trainer: Any, model: Any, data: Any) -> dict[str, float]:
 def _samples(model: SFT, data: Instructions) -> list[dict[str, str]]:
     """Answer the first three test rows with and without the adapter."""
     batch = next(iter(data.test_dataloader()))
-    rows = answers.split({k: v.to(model.device) for k, v in batch.items() if hasattr(v, "to")}, model.encoder_decoder)[:3]
+    rows = answers.split({k: v.to(model.device) for k, v in batch.items() if hasattr(v, "to")}, model.encoder_decoder)[
+        :3
+    ]
     prompts = [row.prompt for row in rows]
     tuned = answers.generate(model, prompts, 24)
     try:

@@ -30,7 +30,9 @@ def one_line(message: str, parser: ArgumentParser) -> str:
             return _did_you_mean(found.group(1), _options(parser))
     lines = [line.strip(" -") for line in text.splitlines() if line.strip(" -")]
     # Errors of our own configs and classes are whole sentences; the parser only adds layers around them.
-    ours = [line for line in lines if re.search(r"; it |; the |must be| is not | has no |Did you mean|There is no", line)]
+    ours = [
+        line for line in lines if re.search(r"; it |; the |must be| is not | has no |Did you mean|There is no", line)
+    ]
     where = re.search(r'(?:Parser key|key) "([\w.]+)"', text)
     best = (ours or lines or [text])[-1]
     best = re.sub(r"^(?:Parser key|Validation failed:|Problem with given class_path)\s*", "", best).strip()

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 CONFIG_FLAGS = ("-c", "--config")
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lit_peft import catalogue, ending, runs, strategies  # noqa: F401 (strategies registers `fsdp2`)
+from lit_peft import catalogue, strategies  # noqa: F401 (strategies registers `fsdp2`)
 from lit_peft.callbacks import (
     AdapterCheckpoint,
     AnswerWriter,
@@ -22,11 +22,13 @@ from lit_peft.callbacks import (
     RunReport,
     Throughput,
 )
-from lit_peft.complaints import one_line
+from lit_peft.cli import ending, runs
+from lit_peft.cli.complaints import one_line
+from lit_peft.cli.request import Request, read
 from lit_peft.data.rows import Rows
 from lit_peft.faults import Interrupted, RunFailed
 from lit_peft.module import AdaptableModule
-from lit_peft.request import Request, read
+from lit_peft.quiet import quiet
 from lit_peft.verbs.preview import preview
 from lit_peft.zoo import check, compose
 
@@ -56,7 +58,9 @@ class PEFTTrainer(Trainer):
         datamodule.setup("fit")
         trained = preview(datamodule, rows)
         if trained == 0:
-            raise ValueError("The loss sees nothing in these rows: every label is masked. Check the roles and the format.")
+            raise ValueError(
+                "The loss sees nothing in these rows: every label is masked. Check the roles and the format."
+            )
         return trained
 
 
@@ -122,7 +126,7 @@ class LitPEFTCLI(LightningCLI):
     @classmethod
     def start(cls, verb: str, arguments: list[str]) -> LitPEFTCLI:
         """Run one verb from the command line."""
-        runs.quiet()
+        quiet()
         return cls(read(verb, arguments))
 
     # Before parsing --------------------------------------------------------------------------------------------------
@@ -143,7 +147,9 @@ class LitPEFTCLI(LightningCLI):
         if self.saved:
             kept = {key: self.saved[key] for key in KEPT if key in self.saved}
             trainer = dict(self.saved.get("trainer", {}))
-            kept["trainer"] = trainer if request.verb == "fit" else {k: v for k, v in trainer.items() if k == "precision"}
+            kept["trainer"] = (
+                trainer if request.verb == "fit" else {k: v for k, v in trainer.items() if k == "precision"}
+            )
             arguments += ["--config", yaml.safe_dump(kept)]
         skip = False
         for i, argument in enumerate(request.arguments):
@@ -173,14 +179,20 @@ class LitPEFTCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what is not Lightning's."""
-        parser.add_argument("--method", type=str, default=self.request.method, help="see `lit-peft methods`; a+b stacks")
+        parser.add_argument(
+            "--method", type=str, default=self.request.method, help="see `lit-peft methods`; a+b stacks"
+        )
         parser.add_argument("--task", type=str, default=self.request.task, help=", ".join(catalogue.TASKS))
-        parser.add_argument("--run_dir", type=str | None, default=None, help="folder of this run; runs/DATE-METHOD-TASK")
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="folder of this run; runs/DATE-METHOD-TASK"
+        )
         if self.request.verb == "fit":
             text = "after training, measure base and tuned model on this many test rows"
             parser.add_argument("--evaluate", type=int, default=0, help=text)
         check(self.request.task, catalogue.TASKS, "task")
-        parser.set_defaults({"model": {"class_path": self.default_model}, "data": {"class_path": DATA[self.request.task]}})
+        parser.set_defaults(
+            {"model": {"class_path": self.default_model}, "data": {"class_path": DATA[self.request.task]}}
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse the arguments as rewritten here, not sys.argv."""
@@ -277,5 +289,3 @@ def _has(callbacks: list[Callback], kind: type[Callback]) -> bool:
 
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
