@@ -54,9 +54,7 @@ class AdapterFreeze(AdapterCallback):
         if self.thaw_epoch is None:
             return
         if trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy):
-            raise TypeError(
-                "Thawing is not possible under FSDP2 (shards are laid out once). Use --trainer.strategy ddp."
-            )
+            raise TypeError("Thawing is not possible under FSDP2 (shards are laid out once). Use strategy ddp.")
         self._names = [
             name for name, p in model.named_parameters() if not p.requires_grad and self.thaw_modules.search(name)
         ]

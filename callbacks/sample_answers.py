@@ -58,9 +58,7 @@ class SampleAnswers(Callback):
         """
         needed = "predict_step" if self.prompts is None else "reply"
         if not callable(getattr(pl_module, needed, None)):
-            raise TypeError(
-                f"{type(pl_module).__name__} has no {needed}, which SampleAnswers needs. Remove the callback."
-            )
+            raise TypeError(f"{type(pl_module).__name__} has no {needed}, which SampleAnswers needs. Leave it out.")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer on all processes (a sharded model needs them all), show and write on the first."""
@@ -105,7 +103,7 @@ class SampleAnswers(Callback):
         console.print(table)
         text = console.file.getvalue()  # type: ignore[attr-defined]
         bar = trainer.progress_bar_callback
-        if bar is not None and bar.is_enabled:
+        if bar is not None and getattr(bar, "is_enabled", False):
             bar.print(text)  # above the bar, not through it
         else:
             print(text)
