@@ -130,8 +130,9 @@ class SFT(Task):
             metric.reset()
 
     def _choices(self) -> dict[str, list[int]]:
+        """Return the closed set of answers, if the data has one, as token ids."""
         data = getattr(self.trainer, "datamodule", None)
-        return data.choice_ids() if hasattr(data, "choice_ids") else {}
+        return data.choice_ids() if getattr(data, "choices", None) else {}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """Return one record a row: `prompt`, `answer` (of the data), `generated`."""
