@@ -85,8 +85,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             from jsonargparse import auto_cli
 
-            function = import_module(f"lit_peft.verbs.{verb}").run
-            outcome.code = auto_cli(function, args=rest, prog=f"lit-peft {verb}") or 0
+            module = import_module(f"lit_peft.verbs.{verb}")
+            if hasattr(module, "shorthand"):
+                rest = module.shorthand(rest)
+            outcome.code = auto_cli(module.run, args=rest, prog=f"lit-peft {verb}") or 0
     return outcome.code
 
 

@@ -172,7 +172,7 @@ def _part(
 def _full(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor; every rank must come here together."""
     gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()  # type: ignore[no-any-return]
+    return tensor if gather is None else gather()
 
 
 def _whole_modules(model: nn.Module, declared: Mapping[str, Tensor]) -> list[str]:
@@ -331,7 +331,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: if it is cut off or no safetensors file.
     """
     shapes(path)
-    return load_file(path)
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,8 +15,9 @@ from transformers import AutoTokenizer
 
 from lit_peft import backbone as backbones
 from lit_peft import hub
-from lit_peft.catalogue import FACTS, TASKS
+from lit_peft.catalogue import TASKS
 from lit_peft.module import AdaptableModule
+from lit_peft.saved import locate, method_of, read_checkpoint
 from lit_peft.zoo import check, compose, task_class
 
 # PEFT's name of a task, or the ending of a model class -> ours
@@ -66,79 +69,30 @@ def load(
     """
     kind, found = locate(path)
     options: dict[str, Any] = {"dtype": dtype} if dtype else {}
-    if kind == "checkpoint":
-        module = _from_checkpoint(found, backbone, options, check_base)
-    elif kind == "adapter":
-        module = _from_adapter(found, backbone, task, options, check_base)
-    else:
-        if backbone is not None:
-            raise ValueError(f"{found} is a whole model, so there is no base to choose. Leave backbone out.")
-        module = _from_model(found, task, options)
+    if kind == "model" and backbone is not None:
+        raise ValueError(f"{found} is a whole model, so there is no base to choose. Leave backbone out.")
+    with _silence():
+        if kind == "checkpoint":
+            module = _from_checkpoint(found, backbone, options, check_base)
+        elif kind == "adapter":
+            module = _from_adapter(found, backbone, task, options, check_base)
+        else:
+            module = _from_model(found, task, options)
     _use_tokenizer(module, Path(path), found)
     module.eval()
     return module.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def locate(path: str | Path) -> tuple[str, Path]:
-    """Say what a path holds: `checkpoint`, `adapter` or `model`, and where.
-
-    Raises:
-        FileNotFoundError: if it holds none of them.
-    """
-    path = Path(path).expanduser()
-    if path.is_file():
-        return "checkpoint", path
-    if not path.is_dir():
-        raise FileNotFoundError(f"There is nothing at {path}. Name a checkpoint, a run folder or an adapter folder.")
-    if (path / hub.CONFIG).is_file() or (path / hub.META).is_file():
-        return "adapter", path
-    if (path / "config.json").is_file():
-        return "model", path
-    if any(path.glob("*.distcp")) or (path / ".metadata").is_file():
-        raise FileNotFoundError(
-            f"{path} is a sharded checkpoint. Save with save_distributed_checkpoint=False to load it."
-        )
-    files = [
-        file for pattern in ("*.ckpt", "checkpoints/*.ckpt", "*/checkpoints/*.ckpt") for file in path.glob(pattern)
-    ]
-    if not files:
-        raise FileNotFoundError(f"{path} holds no checkpoint, adapter or model. Name a folder that does.")
-    return "checkpoint", _best(files)
-
-
-def _best(files: list[Path]) -> Path:
-    newest_first = sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)
-    for file in newest_first:
-        if file.name.startswith("best"):
-            return file
-    last = next((file for file in newest_first if file.stem.startswith("last")), newest_first[0])
-    if len(files) > 1:  # the last one knows which was the best
-        for state in read_checkpoint(last).get("callbacks", {}).values():
-            best = state.get("best_model_path") if isinstance(state, dict) else None
-            if best and (sibling := last.with_name(Path(best).name)) in files:  # by name: the run may have moved
-                return sibling
-    return last
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a Lightning checkpoint as plain data (`weights_only=True`).
-
-    Raises:
-        ValueError: if it is damaged, holds code, or is no checkpoint of lit_peft.
-    """
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Leave out what is said to someone who trains: how much is trained, what was created for it."""
+    log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = log.level
+    log.setLevel(logging.WARNING)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
-            reason = "it holds Python objects, which could run code"
-        else:
-            reason = "it is damaged or no checkpoint"
-        raise ValueError(f"Cannot load {path}: {reason}. Load another checkpoint.") from error
-    except Exception as error:  # on arbitrary bytes the unpickler fails in any way
-        raise ValueError(f"Cannot load {path}: it is damaged or half-written. Load another checkpoint.") from error
-    if not isinstance(loaded, dict) or "state_dict" not in loaded or "lit_peft" not in loaded:
-        raise ValueError(f"{path} is no checkpoint of lit_peft. Name one that a run with a method of it wrote.")
-    return loaded
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _from_checkpoint(path: Path, backbone: str | None, options: dict[str, Any], check_base: bool) -> AdaptableModule:
@@ -195,19 +149,6 @@ def _from_adapter(
     module: Any = made(**settings, adapter=str(folder), check_base=check_base)
     module.configure_model()
     return module  # type: ignore[no-any-return]
-
-
-def method_of(peft_type: str, folder: Path) -> str:
-    """Return the `--method` that reads a `peft_type`.
-
-    Raises:
-        ValueError: for a type that is not known here.
-    """
-    for name, facts in FACTS.items():
-        if facts.peft_type == peft_type:
-            return name
-    known = ", ".join(sorted({facts.peft_type for facts in FACTS.values()}))
-    raise ValueError(f"{folder} holds an adapter of type {peft_type}, which is not known here. Known: {known}.")
 
 
 def _task(task: str | None, kind: str, folder: Path) -> str:

@@ -189,10 +189,7 @@ class Instructions(Rows):
             else:
                 text = "\n".join(m["content"] for m in messages[:k])
                 prompt = list(self.tokenizer(text, verbose=False)["input_ids"])
-            answer = list(self.tokenizer(text_target=messages[k]["content"], verbose=False)["input_ids"])
-            end = self.tokenizer.eos_token_id
-            if end is not None and answer[-1:] != [end]:
-                answer.append(end)
+            answer = self._answer_ids(messages[k]["content"])
             keep = slice(0, self.max_length) if self.truncation == "right" else slice(-self.max_length, None)
             self._counts["truncated"] += len(prompt) > self.max_length or len(answer) > self.max_length
             self._counts["answers_cut"] += len(answer) > self.max_length
@@ -222,6 +219,22 @@ class Instructions(Rows):
             rows = [i for i, s in enumerate(sources) if s == source]
             bins += [[rows[i] for i in b] for b in best_fit([lengths[r] for r in rows], self.max_length)]
         return bins
+
+    def choice_ids(self) -> dict[str, list[int]]:
+        """Return the token ids of each possible answer, end of turn included, as they stand in a rendered row."""
+        if self.encoder_decoder:
+            return {choice: self._answer_ids(choice) for choice in self.choices or []}
+        renderer = Renderer(self.tokenizer, "last")
+        found = {}
+        for choice in self.choices or []:
+            ids, mask = renderer([{"role": "user", "content": "?"}, {"role": "assistant", "content": choice}])
+            found[choice] = [token for token, learned in zip(ids, mask, strict=True) if learned]
+        return found
+
+    def _answer_ids(self, answer: str) -> list[int]:
+        ids = list(self.tokenizer(text_target=answer, verbose=False)["input_ids"])
+        end = self.tokenizer.eos_token_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
 
     def collate(self, stage: str) -> Callable[[Any], Any]:
         """Return the collator: packed for training where asked, padded otherwise."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from lit_peft.data.render import Renderer
 
@@ -83,8 +84,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def generate(task: SFT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-    """Continue each prompt greedily until its end of turn and return the texts."""
+def generate(
+    task: SFT, prompts: Sequence[Sequence[int]], max_new_tokens: int, streamer: BaseStreamer | None = None
+) -> list[str]:
+    """Continue each prompt greedily until its end of turn and return the texts; a streamer sees one prompt's tokens."""
     assert task.model is not None
     if not prompts:
         return []
@@ -105,6 +108,7 @@ def generate(task: SFT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -
             use_cache=True,
             pad_token_id=pad,
             eos_token_id=sorted(ends) or None,
+            streamer=streamer,
         )
     start = 0 if task.encoder_decoder else ids.shape[1]
     return [text(tokenizer, row[start:].tolist()) for row in out]

@@ -130,8 +130,9 @@ class SFT(Task):
             metric.reset()
 
     def _choices(self) -> dict[str, list[int]]:
+        """Return the closed set of answers, if the data has one, as token ids."""
         data = getattr(self.trainer, "datamodule", None)
-        return data.choice_ids() if hasattr(data, "choice_ids") else {}
+        return data.choice_ids() if getattr(data, "choices", None) else {}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """Return one record a row: `prompt`, `answer` (of the data), `generated`."""
@@ -146,18 +147,19 @@ class SFT(Task):
             for row, generated in zip(rows, texts, strict=True)
         ]
 
-    def reply(self, messages: list[dict[str, str]], max_new_tokens: int | None = None) -> str:
+    def reply(self, messages: list[dict[str, str]], max_new_tokens: int | None = None, streamer: Any = None) -> str:
         """Answer a conversation, greedily.
 
         Args:
             messages: `[{"role": "user", "content": "..."}, ...]`, ending with the user's turn.
             max_new_tokens: longest answer; default: the task's own.
+            streamer: a transformers streamer, to see the answer while it is made.
 
         Returns:
             The answer's text.
         """
         prompt = answers.render(self, messages)
-        return answers.generate(self, [prompt], max_new_tokens or self.max_new_tokens)[0]
+        return answers.generate(self, [prompt], max_new_tokens or self.max_new_tokens, streamer)[0]
 
 
 _TAKES: dict[type, bool] = {}

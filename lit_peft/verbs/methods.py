@@ -37,6 +37,13 @@ def run(name: str | None = None, json: bool = False) -> None:
         _one(name)
 
 
+def shorthand(arguments: list[str]) -> list[str]:
+    """Let a name stand alone, and `--json` need no value: `lit-peft methods lora --json`."""
+    spelled = ["--json=true" if argument == "--json" else argument for argument in arguments]
+    named = spelled[:1] if spelled and not spelled[0].startswith("-") else []
+    return [f"--name={named[0]}", *spelled[1:]] if named else spelled
+
+
 def _merges(name: str) -> str:
     if not FACTS[name].adapter:
         return "in place"
