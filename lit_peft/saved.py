@@ -60,7 +60,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: if it is damaged, holds code, or is no checkpoint of lit_peft.
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             reason = "it holds Python objects, which could run code"
