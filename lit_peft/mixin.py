@@ -242,10 +242,21 @@ class PEFT(AdaptableModule):
 
         Returns:
             The folder.
+
+        Raises:
+            ValueError: if more was trained than an adapter folder holds.
         """
         assert self.model is not None, "call configure_model() first"
         kind = getattr(self, "peft_task_type", None)
         declared, base = self.declared(), self.base_identity()
+        own = {id(p) for _, adapter in named_adapters(self.model) for _, p in adapter.own_parameters()}
+        trained = {n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in own}
+        thawed = sorted(trained - declared.keys())
+        if thawed:
+            raise ValueError(
+                f"{len(thawed)} thawed weights of the base were trained too, such as {thawed[0]!r}, and an adapter folder "
+                "has no place for them. Keep the checkpoint, or merge."
+            )
         labels = getattr(self, "labels", None)
         return hub.write(
             folder,
