@@ -11,7 +11,9 @@ __version__ = "0.1.0"
 # public name -> module that defines it
 _HOME = {
     "Adapter": "adapter",
+    "activate": "adapter",
     "adapters": "adapter",
+    "add_adapter": "adapter",
     "disabled": "adapter",
     "place": "adapter",
     "LoRA": "methods.lora",

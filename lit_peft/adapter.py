@@ -1,43 +1,21 @@
 """Adapters, their names, and the one verb: `place`.
 
-An `Adapter` is a trainable module around one frozen `base` module. It can hold several sets of weights by name. Which
-of them act is chosen by the *call* (`with adapters(model, "reward"):`, `with disabled(model):`) and travels with the
-call: gradient checkpointing replays a layer long after the choice was made, on CUDA in another thread, so the choice
-is captured when the layer first runs and restored for its replay (see `keep_selection`).
+An `Adapter` is a trainable module around one frozen `base` module. It can hold several sets of weights by name; which
+of them act is chosen by the *call*: `with adapters(model, "reward"):`, `with disabled(model):` (see `selection`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lit_peft.selection import Scope, acting, choose, originals_restored
+
 Where = Iterable[str] | Callable[[str, nn.Module], bool]
-
-
-class Scope:
-    """The names that act by default in one adapted model, and what turns its in-place training off.
-
-    Attributes:
-        active: names that act when nothing else is chosen.
-        current: what acts right now; equals `active` outside of `adapters` and `disabled`. Compiled code reads this
-            (torch.compile guards on plain attributes but cannot trace a ContextVar), eager code the ContextVar.
-        originals: base values of parameters that are trained in place, for `disabled`.
-        irreversible: why `disabled` cannot give the base back, or an empty string.
-    """
-
-    def __init__(self) -> None:
-        self.active: tuple[str, ...] = ("default",)
-        self.current: tuple[str, ...] = ("default",)
-        self.originals: dict[str, tuple[nn.Parameter, Tensor]] = {}
-        self.irreversible = ""
-
-
-_SELECTED: ContextVar[Mapping[Scope, tuple[str, ...]] | None] = ContextVar("lit_peft_selected", default=None)
 
 
 class Adapter(nn.Module):
@@ -83,12 +61,7 @@ class Adapter(nn.Module):
 
     def active(self) -> tuple[str, ...]:
         """Return the names that act in this very call, in order."""
-        if torch.compiler.is_compiling():
-            chosen = self.scope.current
-        else:
-            selected = _SELECTED.get()
-            chosen = self.scope.active if selected is None else selected.get(self.scope, self.scope.active)
-        return tuple(name for name in chosen if name in self.configs)
+        return tuple(name for name in acting(self.scope) if name in self.configs)
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the adapter's own parameters, not the base's, with names relative to this module."""
@@ -141,6 +114,26 @@ def innermost(module: nn.Module) -> nn.Module:
     while isinstance(module, Adapter):
         module = module.base
     return module
+
+
+def add_adapter(model: nn.Module, name: str, config: Any = None) -> None:
+    """Give every adapter of a model another named set of weights, at its starting values.
+
+    Args:
+        model: the adapted model.
+        name: the new name; it acts when chosen with `adapters` or `activate`.
+        config: the new set's configuration, for the adapters of its method; None: that of each adapter's first set.
+
+    Raises:
+        ValueError: if the name is taken or no adapter takes this kind of configuration.
+    """
+    found = [adapter for _, adapter in named_adapters(model)]
+    if config is not None:
+        found = [adapter for adapter in found if type(next(iter(adapter.configs.values()))) is type(config)]
+    if not found:
+        raise ValueError(f"No adapter of this model takes a {type(config).__name__}. Place one first.")
+    for adapter in found:
+        adapter.add(name, config if config is not None else next(iter(adapter.configs.values())))
 
 
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
@@ -224,21 +217,6 @@ def _scopes(model: nn.Module) -> list[Scope]:
     return list(found)
 
 
-@contextmanager
-def _select(selection: Mapping[Scope, tuple[str, ...]]) -> Iterator[None]:
-    previous = _SELECTED.get() or {}
-    token = _SELECTED.set(selection)
-    mirrored = {scope: scope.current for scope in {**previous, **selection}}
-    for scope in mirrored:
-        scope.current = selection.get(scope, scope.active)
-    try:
-        yield
-    finally:
-        for scope, current in mirrored.items():
-            scope.current = current
-        _SELECTED.reset(token)
-
-
 def adapters(model: nn.Module, *names: str) -> AbstractContextManager[None]:
     """Choose which named adapters act in the calls made inside the `with` block.
 
@@ -258,7 +236,7 @@ def adapters(model: nn.Module, *names: str) -> AbstractContextManager[None]:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"No adapter is named {unknown[0]!r}. This model has {known}.")
-    return _select({**(_SELECTED.get() or {}), **dict.fromkeys(_scopes(model), names)})
+    return choose(dict.fromkeys(_scopes(model), names))
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -298,32 +276,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
     if reasons:
         raise TypeError(reasons[0])
     with ExitStack() as stack:
-        stack.enter_context(_select({**(_SELECTED.get() or {}), **dict.fromkeys(scopes, ())}))
+        stack.enter_context(choose(dict.fromkeys(scopes, ())))
         for scope in scopes:
             if scope.originals:
                 stack.enter_context(torch.no_grad())
-                stack.enter_context(_swapped(scope))
+                stack.enter_context(originals_restored(scope))
         yield
-
-
-@contextmanager
-def _swapped(scope: Scope) -> Iterator[None]:
-    originals, scope.originals = scope.originals, {}  # a nested `disabled` finds nothing left to swap
-    tuned: list[tuple[nn.Parameter, Tensor]] = []
-    try:
-        for key, (parameter, original) in originals.items():
-            if type(parameter.data) is not Tensor:
-                kind = type(parameter.data).__name__
-                raise TypeError(
-                    f"Cannot give the base back: {key} is sharded ({kind}). Use `disabled` before sharding."
-                )
-            tuned.append((parameter, parameter.data))
-            parameter.data = original.to(parameter.device, parameter.dtype)
-        yield
-    finally:
-        for parameter, data in tuned:
-            parameter.data = data.to(parameter.device)
-        scope.originals = originals
 
 
 def remember(model: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -331,46 +289,6 @@ def remember(model: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]]) -
     scope = scope_of(model)
     for key, parameter in parameters:
         scope.originals[key] = (parameter, parameter.detach().to("cpu", copy=True))
-
-
-def keep_selection(model: nn.Module) -> None:
-    """Make gradient checkpointing replay each layer with the adapters that acted when it first ran.
-
-    Call it after gradient checkpointing was switched on (the `PEFT` mixin does). Reading the choice at replay time
-    would use whatever was chosen *last*: with two adapters in one backward pass the gradients are then wrong with no
-    error.
-    """
-    wrapped: dict[int, Callable[..., Any]] = {}
-    for module in model.modules():
-        function = module.__dict__.get("_gradient_checkpointing_func")
-        if function is None or getattr(function, "keeps_selection", False):
-            continue
-        module.__dict__["_gradient_checkpointing_func"] = wrapped.setdefault(id(function), capturing(function))
-
-
-def capturing(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a checkpointing function so that its replay sees the adapters that were chosen at the call.
-
-    Args:
-        checkpoint: such as `torch.utils.checkpoint.checkpoint`.
-
-    Returns:
-        A function with the same arguments.
-    """
-
-    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # a compiled region traces its replay at the call
-            return checkpoint(function, *args, **kwargs)
-        captured = _SELECTED.get() or {}
-
-        def replay(*inner: Any, **named: Any) -> Any:
-            with _select(captured):
-                return function(*inner, **named)
-
-        return checkpoint(replay, *args, **kwargs)
-
-    run.keeps_selection = True  # type: ignore[attr-defined]
-    return run
 
 
 def merge(model: nn.Module, names: tuple[str, ...] | None = None) -> nn.Module:

@@ -14,10 +14,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lit_peft import hub
-from lit_peft.adapter import Adapter, keep_selection, merge, named_adapters
+from lit_peft.adapter import Adapter, merge, named_adapters
 from lit_peft.callbacks.adapter_freeze import AdapterFreeze
 from lit_peft.callbacks.base import AdapterCallback
 from lit_peft.module import AdaptableModule
+from lit_peft.selection import keep_selection
 from lit_peft.sites import describe_coverage, layers
 
 Config = TypeVar("Config")

@@ -18,7 +18,8 @@ PYTHON_FILES = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 
 # room -> the rooms it may import (and always itself). A room is a file or a folder directly in lit_peft.
 ROOMS = {
-    "adapter": "",
+    "selection": "",
+    "adapter": "selection",
     "structure": "",
     "backbone": "",
     "catalogue": "",
@@ -34,7 +35,7 @@ ROOMS = {
     "hub": "adapter sites structure targets backbone",
     "merging": "adapter hub backbone",
     "callbacks": "adapter module hub merging backbone faults",
-    "mixin": "adapter module sites structure hub callbacks",
+    "mixin": "selection adapter module sites structure hub callbacks",
     "methods": "adapter sites structure targets mixin module ops",
     "tasks": "adapter module data backbone sites structure",
     "zoo": "methods tasks catalogue module",
