@@ -43,8 +43,9 @@ class GracefulStop(Callback):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            raise KeyboardInterrupt
+        before = self._previous.get(number)
+        if self.received and callable(before):  # raises
+            before(number, frame)
         self.received = number
         name = signal.Signals(number).name
         rank_zero_info(f"\n{name}: finishing this step, then saving. Again to stop at once.")
@@ -56,6 +57,8 @@ class GracefulStop(Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # the end of the epoch comes first, with its validation and checkpoint
         # Every process gets the signal at another moment; they must agree on the step.
         stop = bool(self.received)
         if trainer.world_size > 1:
@@ -70,6 +73,11 @@ class GracefulStop(Callback):
                 break
         number = self.received or signal.SIGTERM
         raise Interrupted(number, f"stopped at step {trainer.global_step}, saved {path}. Resume: {self.resume}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave if the signal came during the last epoch's end; everything is saved by then."""
+        if self.received:
+            raise Interrupted(self.received, f"stopped after the last step, {trainer.global_step}. Resume: {self.resume}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
