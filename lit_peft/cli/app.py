@@ -347,7 +347,7 @@ def _importable(path: str) -> str:
     """
     module, _, name = path.rpartition(".")
     try:
-        getattr(import_module(module), name)
+        found = getattr(import_module(module), name)
     except TypeError:
         raise  # methods and task in the wrong order
     except Exception as error:
@@ -355,4 +355,6 @@ def _importable(path: str) -> str:
         raise ValueError(
             f"--model {path} cannot be imported ({reason}). Write it as package.module.Class, with its folder on PYTHONPATH."
         ) from error
+    if not (isinstance(found, type) and issubclass(found, AdaptableModule)):
+        raise ValueError(f"--model {path} adapts nothing. Make it of methods and a task: class {name}(LoRA, SFT).")
     return path

@@ -45,7 +45,7 @@ def one_line(message: str, parser: ArgumentParser) -> str:
     reason = message.rpartition(f'Parser key "{keys[-1]}"')[2] if keys else message
     if found := re.search(r"Problem with given class_path '([^']+)':\s+(.+)", reason):
         return f"{name} is {found.group(1)}: {found.group(2)}. Give a path that can be imported."
-    if found := re.search(r"Unable to load config '(.+?)'", reason):
+    if found := re.search(r"Unable to load config ['\"](.+?)['\"]", reason):
         return f"{name} is {found.group(1)!r}; it takes settings, such as --{name}.NAME VALUE, or a YAML file of them."
     expected = re.search(r"Expected an? (.+?)\. Got value|Subtypes: \[(.+)\]", reason)
     given = re.search(r"(?:Given|Got) value: (.*)", reason)  # the first is the innermost, as it was written
@@ -67,7 +67,7 @@ def _types(shown: str) -> str:
     """Write `<class 'float'>, <class 'NoneType'>` as `float or null`."""
     values: list[str] = []
     kinds: list[str] = []
-    for literal, path, plain in re.findall(r"Literal\[(.+?)\]|<class '([\w.]+)'>|([\w.]+\[.+?\])", shown):
+    for literal, path, plain in re.findall(r"(?:typing\.)?Literal\[(.+?)\]|<class '([\w.]+)'>|([\w.]+\[.+?\])", shown):
         if literal:
             values += [value.strip("' ") for value in literal.split(",")]
             continue

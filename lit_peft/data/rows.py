@@ -208,7 +208,10 @@ class Rows(LightningDataModule):
             first += len(table)
         whole = datasets.concatenate_datasets(done)
         if 0 not in whole["split"][:]:
-            raise ValueError(f"Every label is masked: none of the {first} rows of {self.path!r} has anything to learn.")
+            raise ValueError(
+                f"Every label is masked: none of the {first} rows of {self.path!r} has anything to learn. Check the "
+                "roles and the format; answers must be the assistant's and not empty."
+            )
         counts = self._counts
         counts["rows"] = first
         return whole, {**meta, "report": dict(counts), "said": [*meta["said"], self.summary(counts)]}
