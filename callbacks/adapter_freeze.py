@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
-from lit_peft.adapter import named_adapters
+from lit_peft.adapter import named_adapters, remember
 from lit_peft.callbacks.base import AdapterCallback
 from lit_peft.module import AdaptableModule
 
@@ -60,6 +60,7 @@ class AdapterFreeze(AdapterCallback):
         ]
         if not self._names:
             raise ValueError(f"thaw_modules {self.thaw_modules.pattern!r} matches no frozen parameter of this model.")
+        remember(model, ((name, p) for name, p in model.named_parameters() if name in set(self._names)))
         # The optimizer gets them as a group of its own from the start: without gradients it leaves them alone, and
         # schedulers and resumed runs see the same groups before and after the thaw.
         module.thaws = dict.fromkeys(self._names, self.thaw_lr)  # type: ignore[assignment]

@@ -40,11 +40,12 @@ class Classification(Task):
         self.labels = labels
         self.head_lr = head_lr
         self._head: tuple[str, ...] = ()
+        self._new: frozenset[str] = frozenset()
         self.save_hyperparameters({"labels": labels, "head_lr": head_lr})
 
     def auto_class(self) -> type:
         """Return the Auto class with a classification head."""
-        return AutoModelForSequenceClassification
+        return AutoModelForSequenceClassification  # type: ignore[no-any-return]
 
     def build_model(self, **kwargs: Any) -> nn.Module:
         """Load the backbone with a head of the right size.
@@ -61,10 +62,11 @@ class Classification(Task):
         names = dict(enumerate(self.labels))
         ids = {name: i for i, name in names.items()}
         model = super().build_model(num_labels=len(self.labels), id2label=names, label2id=ids, **kwargs)
-        if model.config.pad_token_id is None:  # causal models need it to find each row's last token
+        config: Any = model.config
+        if config.pad_token_id is None:  # causal models need it to find each row's last token
             tokenizer = self.tokenizer
             pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-            model.config.pad_token_id = pad
+            config.pad_token_id = pad
         return model
 
     def configure_model(self) -> None:
@@ -76,6 +78,7 @@ class Classification(Task):
         if head is None:
             raise ValueError(f"{type(self.model).__name__} has no classification head that is known here.")
         self._head = (f"{head}.",)
+        self._new = self.model.__dict__.get("new_weights", frozenset())
         number = len(self.labels or [])
         scores = MetricCollection(
             {
@@ -88,14 +91,18 @@ class Classification(Task):
         self.val_nll, self.test_nll = MeanMetric(), MeanMetric()
 
     def is_trainable(self, name: str, parameter: nn.Parameter) -> bool:
-        """The head is: it starts from nothing."""
-        return (bool(self._head) and name.startswith(self._head)) or super().is_trainable(name, parameter)
+        """The head is, and whatever else the backbone's files do not hold (a pooler): it starts from nothing."""
+        return self._is_new(name) or super().is_trainable(name, parameter)
 
     def learning_rate(self, name: str, parameter: nn.Parameter) -> float | None:
         """Return the head's own rate."""
-        if self._head and name.startswith(self._head):
+        if self._is_new(name):
             return self.head_lr
         return super().learning_rate(name, parameter)
+
+    def _is_new(self, name: str) -> bool:
+        # an adapter around a new layer moves its weights one step down
+        return (bool(self._head) and name.startswith(self._head)) or name.replace(".base.", ".") in self._new
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """Return (batch, classes)."""
