@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -62,7 +63,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if re.search(r"Unsupported (global|class)", str(error)):
             reason = "it holds Python objects, which could run code"
         else:
             reason = "it is damaged or no checkpoint"

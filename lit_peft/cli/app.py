@@ -27,7 +27,7 @@ from lit_peft.callbacks import (
     Throughput,
 )
 from lit_peft.cli import ending, runs
-from lit_peft.cli.complaints import innermost, one_line
+from lit_peft.cli.complaints import OneLine, innermost
 from lit_peft.cli.request import Request, read
 from lit_peft.data.rows import Rows
 from lit_peft.faults import Interrupted, RunFailed, stopping
@@ -68,17 +68,8 @@ class PEFTTrainer(Trainer):
         return trained
 
 
-class Parser(LightningArgumentParser):
-    """A parser whose complaints are one readable line."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Leave with the line that matters; a parser inside another leaves that to the outer one."""
-        if not self.exit_on_error:
-            return super().error(message, ex)
-        raise ValueError(one_line(message, self))
+class Parser(OneLine, LightningArgumentParser):
+    """Lightning's parser with readable complaints."""
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -149,7 +140,7 @@ class LitPEFTCLI(LightningCLI):
         for key in ("method", "task"):
             if key not in request.flags and isinstance(self.saved.get(key), str):
                 setattr(request, key, self.saved[key])
-        if request.model is None and not request.flags & {"method", "task"}:
+        if request.model is None:
             request.model = self.saved.get("model", {}).get("class_path")
 
     def _arguments(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from difflib import SequenceMatcher
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -16,6 +17,19 @@ UNKNOWN = (
     r"No action for key \"?([\w.]+)\"?",
 )
 NEAR = 0.7
+
+
+class OneLine(ArgumentParser):
+    """A parser whose complaints are one readable line, raised as ValueError, and which takes no abbreviated options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Leave with the line that matters; a parser inside another leaves that to the outer one."""
+        if not self.exit_on_error:
+            return super().error(message, ex)
+        raise ValueError(one_line(message, self))
 
 
 def one_line(message: str, parser: ArgumentParser) -> str:

@@ -61,7 +61,7 @@ class Task(AdaptableModule):
     ) -> None:
         super().__init__(**kwargs)
         if lr is not None and not 0 < lr < math.inf:
-            raise ValueError(f"lr is {lr}; it must be above 0.")
+            raise ValueError(f"lr is {lr}; it must be above 0 and finite.")
         for name, value in (("weight_decay", weight_decay), ("max_grad_norm", max_grad_norm)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be 0 or more.")
