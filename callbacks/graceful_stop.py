@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -65,19 +66,22 @@ class GracefulStop(Callback):
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if not stop:
             return
-        path = "nothing: no checkpoint callback is there"
+        saved = "nothing: no checkpoint callback is there"
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
-                path = f"{callback.dirpath}/last.ckpt"
+                path = Path(callback.dirpath, "last.ckpt")
                 trainer.save_checkpoint(path)
+                saved = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
                 break
         number = self.received or signal.SIGTERM
-        raise Interrupted(number, f"stopped at step {trainer.global_step}, saved {path}. Resume: {self.resume}")
+        raise Interrupted(number, f"stopped at step {trainer.global_step}, saved {saved}. Resume: {self.resume}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave if the signal came during the last epoch's end; everything is saved by then."""
         if self.received:
-            raise Interrupted(self.received, f"stopped after the last step, {trainer.global_step}. Resume: {self.resume}")
+            raise Interrupted(
+                self.received, f"stopped after the last step, {trainer.global_step}. Resume: {self.resume}"
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""

@@ -17,10 +17,27 @@ from tests.models import save_tiny
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
 QUESTION = '{"messages": [{"role": "user", "content": "one"}]}\n'
-FIT = (
-    "fit --model.backbone base --data.path data.jsonl --run_dir new --data.max_length 64 --data.batch_size 2 "
-    "--trainer.accelerator cpu --trainer.precision 32-true --trainer.enable_progress_bar false --trainer.max_steps 2"
-).split()
+FIT = [
+    "fit",
+    "--model.backbone",
+    "base",
+    "--data.path",
+    "data.jsonl",
+    "--run_dir",
+    "new",
+    "--data.max_length",
+    "64",
+    "--data.batch_size",
+    "2",
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.precision",
+    "32-true",
+    "--trainer.enable_progress_bar",
+    "false",
+    "--trainer.max_steps",
+    "2",
+]
 RUN, LAST = "runs/good", "runs/good/checkpoints/last.ckpt"
 
 
@@ -98,8 +115,9 @@ def contents(room: Path) -> dict[str, bytes]:
         ("--model.lora.alpha 0", "lora.alpha is 0.0; it must be above 0."),
         ("--model.lora 3", "model.lora is '3'; it takes settings, such as --model.lora.NAME VALUE"),
         ("--model.lora.target_modules []", "lora.target_modules is empty."),
-        ("--model.lr 0", "lr is 0.0; it must be above 0 and finite."),
-        ("--model.lr .inf", "lr is inf; it must be above 0 and finite."),
+        ("--model.lr 0", "lr is 0.0; it must be above 0 and at most 10."),
+        ("--model.lr .inf", "lr is inf; it must be above 0 and at most 10."),
+        ("--model.lr 1e38", "lr is 1e+38; it must be above 0 and at most 10."),
         ("--model.lr fast", "model.lr is 'fast'; it must be float or null."),
         ("--model.warmup 2", "warmup is 2.0; it is a share of the run"),
         ("--model.weight_decay -1", "weight_decay is -1.0; it must be 0 or more."),

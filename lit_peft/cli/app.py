@@ -30,7 +30,7 @@ from lit_peft.cli import ending, runs
 from lit_peft.cli.complaints import OneLine, innermost
 from lit_peft.cli.request import Request, read
 from lit_peft.data.rows import Rows
-from lit_peft.faults import Interrupted, RunFailed, stopping
+from lit_peft.faults import RunFailed, stopping
 from lit_peft.module import AdaptableModule
 from lit_peft.quiet import quiet
 from lit_peft.verbs.preview import preview

@@ -60,8 +60,8 @@ class Task(AdaptableModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if lr is not None and not 0 < lr < math.inf:
-            raise ValueError(f"lr is {lr}; it must be above 0 and finite.")
+        if lr is not None and not 0 < lr <= 10:
+            raise ValueError(f"lr is {lr}; it must be above 0 and at most 10.")
         for name, value in (("weight_decay", weight_decay), ("max_grad_norm", max_grad_norm)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} is {value}; it must be 0 or more.")
