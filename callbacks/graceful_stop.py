@@ -79,9 +79,8 @@ class GracefulStop(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave if the signal came during the last epoch's end; everything is saved by then."""
         if self.received:
-            raise Interrupted(
-                self.received, f"stopped after the last step, {trainer.global_step}. Resume: {self.resume}"
-            )
+            done = f"stopped after the last step, {trainer.global_step}"
+            raise Interrupted(self.received, f"{done}. Resume: {self.resume}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""

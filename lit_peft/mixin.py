@@ -215,12 +215,14 @@ class PEFT(AdaptableModule):
                 else (f"holds {len(surplus)} weights that this model lacks, such as {surplus[0]!r}")
             )
             raise ValueError(f"The checkpoint {what}. Was it made with another method, rank or base model?")
-        mine = {f"model.{name}": parameter.shape for name, parameter in self.model.named_parameters()}
+        mine = {
+            f"model.{name}": parameter.shape for name, parameter in self.model.named_parameters(remove_duplicate=False)
+        }
         for key, tensor in checkpoint.get("state_dict", {}).items():
             if key in mine and tensor.shape != mine[key]:
                 raise ValueError(
-                    f"Shapes differ for {key!r}: {tuple(tensor.shape)} in the checkpoint, {tuple(mine[key])} here. Was it "
-                    "made with another rank or base model?"
+                    f"Shapes differ for {key!r}: {tuple(tensor.shape)} in the checkpoint, {tuple(mine[key])} here. Was "
+                    "it made with another rank or base model?"
                 )
 
     # Adapter folders -------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,27 +18,10 @@ from tests.models import save_tiny
 
 GOOD = '{"prompt": "a", "completion": "b"}\n'
 QUESTION = '{"messages": [{"role": "user", "content": "one"}]}\n'
-FIT = [
-    "fit",
-    "--model.backbone",
-    "base",
-    "--data.path",
-    "data.jsonl",
-    "--run_dir",
-    "new",
-    "--data.max_length",
-    "64",
-    "--data.batch_size",
-    "2",
-    "--trainer.accelerator",
-    "cpu",
-    "--trainer.precision",
-    "32-true",
-    "--trainer.enable_progress_bar",
-    "false",
-    "--trainer.max_steps",
-    "2",
-]
+FIT = shlex.split(
+    "fit --model.backbone base --data.path data.jsonl --run_dir new --data.max_length 64 --data.batch_size 2 "
+    "--trainer.accelerator cpu --trainer.precision 32-true --trainer.enable_progress_bar false --trainer.max_steps 2"
+)
 RUN, LAST = "runs/good", "runs/good/checkpoints/last.ckpt"
 
 

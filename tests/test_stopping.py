@@ -1,4 +1,4 @@
-"""What stops a run says so in one line, keeps the last good checkpoint, and the command it prints goes on from there."""
+"""What stops a run says so in one line, keeps the last good checkpoint, and prints the command that goes on."""
 
 import errno
 import json
@@ -24,29 +24,11 @@ from lit_peft.tasks.task import Task
 from lit_peft.zoo import compose
 from tests.models import IM_END, save_tiny, tiny_tokenizer
 
-FIT = [
-    "fit",
-    "--model.backbone",
-    "base",
-    "--data.path",
-    "data.jsonl",
-    "--run_dir",
-    "run",
-    "--data.max_length",
-    "64",
-    "--data.batch_size",
-    "2",
-    "--trainer.accelerator",
-    "cpu",
-    "--trainer.precision",
-    "32-true",
-    "--trainer.enable_progress_bar",
-    "false",
-    "--trainer.max_steps",
-    "6",
-    "--trainer.val_check_interval",
-    "2",
-]
+FIT = shlex.split(
+    "fit --model.backbone base --data.path data.jsonl --run_dir run --data.max_length 64 --data.batch_size 2 "
+    "--trainer.accelerator cpu --trainer.precision 32-true --trainer.enable_progress_bar false --trainer.max_steps 6 "
+    "--trainer.val_check_interval 2"
+)
 LAST = Path("run/checkpoints/last.ckpt")
 
 
@@ -153,6 +135,15 @@ def test_a_signal_before_training(
     assert not Path("run").exists()
 
 
+def test_a_signal_before_anything(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_peft.cli.app.read", interrupted)
+    assert main(FIT) == 130
+    assert said(capfd) == "lit-peft: interrupted; nothing was written."
+
+
 def test_the_process_really_ends_so(room: Path) -> None:
     program = "import sys, torch; torch.set_num_threads(1); from lit_peft.__main__ import main; sys.exit(main())"
     forever = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1", "--trainer.val_check_interval", "12"]
@@ -242,7 +233,8 @@ def test_padding_masked_by_its_id(room: Path) -> None:
     quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
 
     def fit(labels: Tensor) -> None:
-        rows = [{"input_ids": i, "labels": l, "attention_mask": m} for i, l, m in zip(ids, labels, seen, strict=True)]
+        columns = zip(ids, labels, seen, strict=True)
+        rows = [dict(zip(("input_ids", "labels", "attention_mask"), row, strict=True)) for row in columns]
         trainer = Trainer(max_steps=1, enable_model_summary=False, accelerator="cpu", **quiet)
         trainer.fit(compose("lora", "sft")("base"), DataLoader(rows, batch_size=2))
 

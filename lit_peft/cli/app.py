@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import Any
 
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_peft import catalogue, strategies  # noqa: F401 (strategies registers `fsdp2`)
 from lit_peft.callbacks import (
@@ -76,7 +76,7 @@ class SaveRunConfig(SaveConfigCallback):
     """Writes the resolved configuration into the run folder and into every checkpoint."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write nothing yet: a mistake that shows before the first step must not leave a folder that looks like a run."""
+        """Write nothing yet: a mistake that shows before the first step must not leave what looks like a run."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write `config.yaml` once."""
@@ -344,7 +344,8 @@ def _importable(path: str) -> str:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(
-            f"--model {path} cannot be imported ({reason}). Write it as package.module.Class, with its folder on PYTHONPATH."
+            f"--model {path} cannot be imported ({reason}). Write it as package.module.Class, with its folder on "
+            "PYTHONPATH."
         ) from error
     if not (isinstance(found, type) and issubclass(found, AdaptableModule)):
         raise ValueError(f"--model {path} adapts nothing. Make it of methods and a task: class {name}(LoRA, SFT).")

@@ -92,8 +92,8 @@ class SFT(Task):
         eaten = after & (batch["input_ids"][:, 1:] == end)
         if bool(eaten.any()) and not bool((batch["labels"] == end).any()):
             raise ValueError(
-                f"The end of turn ({self.tokenizer.eos_token!r}) is masked after every answer, so the model would never "
-                "stop. It is the padding token too: mask padding by its place (attention_mask), not by its id."
+                f"The end of turn ({self.tokenizer.eos_token!r}) is masked after every answer, so the model would "
+                "never stop. It is the padding token too: mask padding by its place (attention_mask), not by its id."
             )
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
