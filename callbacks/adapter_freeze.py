@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
-from lit_peft.adapter import named_adapters
+from lit_peft.adapter import named_adapters, remember
 from lit_peft.callbacks.base import AdapterCallback
 from lit_peft.module import AdaptableModule
 
@@ -54,14 +54,13 @@ class AdapterFreeze(AdapterCallback):
         if self.thaw_epoch is None:
             return
         if trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy):
-            raise TypeError(
-                "Thawing is not possible under FSDP2 (shards are laid out once). Use --trainer.strategy ddp."
-            )
+            raise TypeError("Thawing is not possible under FSDP2 (shards are laid out once). Use strategy ddp.")
         self._names = [
             name for name, p in model.named_parameters() if not p.requires_grad and self.thaw_modules.search(name)
         ]
         if not self._names:
             raise ValueError(f"thaw_modules {self.thaw_modules.pattern!r} matches no frozen parameter of this model.")
+        remember(model, ((name, p) for name, p in model.named_parameters() if name in set(self._names)))
         # The optimizer gets them as a group of its own from the start: without gradients it leaves them alone, and
         # schedulers and resumed runs see the same groups before and after the thaw.
         module.thaws = dict.fromkeys(self._names, self.thaw_lr)  # type: ignore[assignment]

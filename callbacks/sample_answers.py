@@ -58,9 +58,8 @@ class SampleAnswers(Callback):
         """
         needed = "predict_step" if self.prompts is None else "reply"
         if not callable(getattr(pl_module, needed, None)):
-            raise TypeError(
-                f"{type(pl_module).__name__} has no {needed}, which SampleAnswers needs. Remove the callback."
-            )
+            name = type(pl_module).__name__
+            raise TypeError(f"{name} has no {needed}, which SampleAnswers needs. Remove the callback.")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer on all processes (a sharded model needs them all), show and write on the first."""
@@ -104,8 +103,8 @@ class SampleAnswers(Callback):
         console = Console(file=io.StringIO(), width=Console().width)
         console.print(table)
         text = console.file.getvalue()  # type: ignore[attr-defined]
-        bar = trainer.progress_bar_callback
-        if bar is not None and bar.is_enabled:
+        bar: Any = trainer.progress_bar_callback
+        if getattr(bar, "is_enabled", False):
             bar.print(text)  # above the bar, not through it
         else:
             print(text)

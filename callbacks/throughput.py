@@ -44,6 +44,8 @@ class Throughput(Callback):
         self.total = 0
         self._since: float | None = None
         self._waiting: Tensor | int = 0  # counted, but not yet fetched from the device
+        self._processes = 1
+        self._last = (0, 0.0)
         self._shown: dict[str, float] = {}
 
     @property
@@ -62,6 +64,8 @@ class Throughput(Callback):
         self.total = sum(size for size, _ in sizes)
         self.trainable = sum(size for size, trained in sizes if trained)
         self._waiting, self._shown = 0, {}
+        self._processes = trainer.world_size
+        self._last = (self.tokens, self.seconds)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._since = time.perf_counter()
@@ -72,7 +76,7 @@ class Throughput(Callback):
         """Count the batch; renew the numbers now and then."""
         self._waiting = self._waiting + tokens_in(batch)
         if (batch_idx + 1) % self.every_n_steps == 0 or not self._shown:
-            self._renew(trainer, pl_module)
+            self._renew(pl_module)
         for name, value in self._shown.items():
             pl_module.log(name, value, prog_bar=True, logger=False)
 
@@ -87,32 +91,40 @@ class Throughput(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the last batches in; processes that shared the work take the largest peak of all."""
-        self._renew(trainer, pl_module)
+        self._renew(pl_module)
         self._stop()
         if dist.is_available() and dist.is_initialized():
             peak = torch.tensor(self.peak_memory, device=pl_module.device)
             dist.all_reduce(peak, op=dist.ReduceOp.MAX)
             self.peak_memory = int(peak)
 
-    def _stop(self) -> None:
+    def settle(self) -> None:
+        """Take in what was counted but not fetched yet, so that the attributes are up to date."""
+        # Processes hold about equally many tokens: this one's stand for all, which costs no communication.
+        self.tokens += int(self._waiting) * self._processes
+        self._waiting = 0
         if self._since is not None:
-            self.seconds += time.perf_counter() - self._since
+            now = time.perf_counter()
+            self.seconds += now - self._since
+            self._since = now
+
+    def _stop(self) -> None:
+        self.settle()
         self._since = None
 
-    def _renew(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Processes hold about equally many tokens: this one's stand for all, which costs no communication.
-        new, self._waiting = int(self._waiting) * trainer.world_size, 0
-        before, self.tokens = self.seconds, self.tokens + new
-        running = self._since is not None
-        self._stop()
-        self._since = time.perf_counter() if running else None
+    def _renew(self, pl_module: LightningModule) -> None:
+        tokens, seconds = self._last
+        self.settle()
+        self._last = (self.tokens, self.seconds)
         self.peak_memory = max(self.peak_memory, peak_memory(pl_module.device))
         self._shown = {"GB": round(self.peak_memory / 1e9, 2), "trained%": round(100 * self.trainable_share, 3)}
-        if new and self.seconds > before:
-            self._shown = {"tokens/s": float(f"{new / (self.seconds - before):.3g}"), **self._shown}
+        if self.tokens > tokens and self.seconds > seconds:
+            rate = (self.tokens - tokens) / (self.seconds - seconds)
+            self._shown = {"tokens/s": float(f"{rate:.3g}"), **self._shown}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run adds to."""
+        self.settle()
         return {"tokens": self.tokens, "seconds": self.seconds, "peak_memory": self.peak_memory}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

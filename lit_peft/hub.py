@@ -68,6 +68,7 @@ def write(
     Raises:
         ValueError: if there is nothing to write, or two methods of one kind.
         FileExistsError: if the folder holds something that lit_peft did not write.
+        OSError: if it cannot be written, as on a full disk.
     """
     if not parts:
         raise ValueError("Nothing to save: no method is placed on this model.")
@@ -105,6 +106,8 @@ def write(
         _write_json(draft / META, meta)
         draft.chmod(0o755)  # mkdtemp's 0700 would lock others out
         _swap(draft, folder)
+    except SafetensorError as error:  # how a full disk shows itself there
+        raise OSError(f"Cannot write {folder}: {error}. Nothing was changed there.") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return folder

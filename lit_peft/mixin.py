@@ -45,8 +45,8 @@ class PEFT(AdaptableModule):
         if methods and tasks and order.index(tasks[0]) < max(order.index(c) for c in methods):
             parts = [base.__name__ for base in sorted(cls.__bases__, key=lambda b: not issubclass(b, PEFT))]
             raise TypeError(
-                f"class {cls.__name__}({', '.join(b.__name__ for b in cls.__bases__)}) would train all weights: the task "
-                f"hides the method's hooks. Methods come first: class {cls.__name__}({', '.join(parts)})."
+                f"class {cls.__name__}({', '.join(b.__name__ for b in cls.__bases__)}) would train all weights: the "
+                f"task hides the method's hooks. Methods come first: class {cls.__name__}({', '.join(parts)})."
             )
 
     def __init__(self, *args: Any, adapter: str | None = None, check_base: bool = True, **kwargs: Any) -> None:
@@ -87,8 +87,8 @@ class PEFT(AdaptableModule):
         super().configure_model()
         if self.model is None:
             raise TypeError(
-                f"{type(self).__name__} has no model to adapt. Combine methods with a task, class Mine(LoRA, SFT), or set "
-                "self.model in your configure_model."
+                f"{type(self).__name__} has no model to adapt. Combine methods with a task, class Mine(LoRA, SFT), or "
+                "set self.model in your configure_model."
             )
         self._placed = True
         if self.adapter is not None:
@@ -119,8 +119,8 @@ class PEFT(AdaptableModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """Bring `AdapterFreeze`, unless the Trainer has one."""
-        callbacks = super().configure_callbacks()
-        callbacks = list(callbacks) if isinstance(callbacks, (list, tuple)) else [callbacks]
+        given = super().configure_callbacks()
+        callbacks = [given] if isinstance(given, Callback) else list(given)
         if not any(isinstance(callback, AdapterFreeze) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             callbacks.append(AdapterFreeze())
         return callbacks
@@ -168,7 +168,7 @@ class PEFT(AdaptableModule):
                 keys.add(f"model.{name}")
         return keys
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return what was trained: adapters, declared weights, and the task's own state outside of the model.
 
         Overriding this, not filtering in `on_save_checkpoint`, is what makes FSDP2 resume work and one file serve one
@@ -242,10 +242,21 @@ class PEFT(AdaptableModule):
 
         Returns:
             The folder.
+
+        Raises:
+            ValueError: if more was trained than an adapter folder holds.
         """
         assert self.model is not None, "call configure_model() first"
         kind = getattr(self, "peft_task_type", None)
         declared, base = self.declared(), self.base_identity()
+        own = {id(p) for _, adapter in named_adapters(self.model) for _, p in adapter.own_parameters()}
+        trained = {n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in own}
+        thawed = sorted(trained - declared.keys())
+        if thawed:
+            raise ValueError(
+                f"{len(thawed)} thawed weights of the base were trained too, such as {thawed[0]!r}, and an adapter folder "
+                "has no place for them. Keep the checkpoint, or merge."
+            )
         labels = getattr(self, "labels", None)
         return hub.write(
             folder,

@@ -13,7 +13,7 @@ from torch import nn
 class AdaptableModule(LightningModule):
     """A LightningModule with a `model` that methods can adapt: what tasks and methods both derive from.
 
-    Every hook here is the end of a cooperative chain. Methods override a hook, call `super()` first, and add their part.
+    Every hook here is the end of a cooperative chain. Methods override one, call `super()` first, and add their part.
 
     Attributes:
         model: the model that the task builds in `configure_model`; None before.

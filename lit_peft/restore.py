@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from lit_peft import backbone as backbones
 from lit_peft import hub
+from lit_peft.adapter import remember
 from lit_peft.catalogue import TASKS
 from lit_peft.module import AdaptableModule
 from lit_peft.saved import locate, method_of, read_checkpoint
@@ -114,6 +115,11 @@ def _from_checkpoint(path: Path, backbone: str | None, options: dict[str, Any], 
         if key in mine and mine[key].shape != tensor.shape:
             shown = f"{tuple(tensor.shape)} in {path}, {tuple(mine[key].shape)} in this model"
             raise ValueError(f"Shapes differ for {key!r}: {shown}. Is it a checkpoint on another base model?")
+    with_grad = module.trained_keys()
+    thawed = [(key.removeprefix("model."), mine[key]) for key in state if key in mine and key not in with_grad]
+    remember(module.model, thawed)  # so that `disabled` still gives the base, and an export sees that they were trained
+    for _, parameter in thawed:
+        parameter.requires_grad_(True)
     module.load_state_dict(state, strict=False)
     return module  # type: ignore[no-any-return]
 

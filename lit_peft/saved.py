@@ -60,7 +60,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: if it is damaged, holds code, or is no checkpoint of lit_peft.
     """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
         if "weights_only" in str(error) or "Unsupported" in str(error):
             reason = "it holds Python objects, which could run code"
@@ -69,7 +69,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"Cannot load {path}: {reason}. Load another checkpoint.") from error
     except Exception as error:  # on arbitrary bytes the unpickler fails in any way
         raise ValueError(f"Cannot load {path}: it is damaged or half-written. Load another checkpoint.") from error
-    if not isinstance(loaded, dict) or "state_dict" not in loaded or "lit_peft" not in loaded:
+    note = loaded.get("lit_peft") if isinstance(loaded, dict) else None
+    if not isinstance(note, dict) or "class_path" not in note or "state_dict" not in loaded:
         raise ValueError(f"{path} is no checkpoint of lit_peft. Name one that a run with a method of it wrote.")
     return loaded
 

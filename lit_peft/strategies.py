@@ -78,7 +78,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 def _on_every_rank(strategy: FSDP2Strategy, path: Path, weights_only: bool | None) -> dict[str, Any]:
     from lightning.fabric.strategies.model_parallel import _load_checkpoint
 
-    assert strategy.lightning_module is not None and strategy.model is not None
+    assert strategy.lightning_module is not None
+    assert strategy.model is not None
     state = {"state_dict": strategy.model} | {f"optimizer_{i}": o for i, o in enumerate(strategy.optimizers)}
     return _load_checkpoint(
         path=path,

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -276,14 +277,15 @@ def test_saving_again_replaces_ours_and_keeps_what_lies_beside(tmp_path: Path) -
     assert torch.equal(logits(module.model, "llama"), logits(again.model, "llama"))
 
 
-def test_full_disk_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_full_disk_leaves_the_old_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     module = placed(LoRATiny, "llama")
     module.save_adapter(tmp_path / "a")
     before = (tmp_path / "a" / hub.WEIGHTS).read_bytes()
     shake(module)
 
     def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(hub, "save_file", full)
     for folder in ("a", "new"):

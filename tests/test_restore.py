@@ -120,6 +120,24 @@ def test_run_that_started_from_an_adapter_that_is_gone(tmp_path: Path, bases: di
     assert torch.equal(logits(module), logits(again))
 
 
+def test_thawed_weights_are_restored_and_never_dropped(tmp_path: Path, bases: dict[str, Path]) -> None:
+    module = built(compose("lora", "sft"), bases["llama"])
+    thawed = module.model.get_parameter("model.layers.1.input_layernorm.weight")
+    with torch.no_grad(), disabled(module):
+        base = logits(module)
+    thawed.requires_grad_(True)
+    with torch.no_grad():
+        thawed.mul_(2)
+    again = load(checkpoint(module, tmp_path / "a.ckpt"), device="cpu")
+    assert torch.equal(logits(module), logits(again))
+    with disabled(again):
+        assert torch.equal(base, logits(again))
+    for either in (module, again):
+        with pytest.raises(ValueError, match="1 thawed weights of the base were trained too"):
+            either.save_adapter(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
 # HF PEFT's folders ----------------------------------------------------------------------------------------------------
 
 

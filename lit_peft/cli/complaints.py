@@ -47,7 +47,7 @@ def _options(parser: ArgumentParser) -> list[str]:
         for inner in (getattr(action, "_name_parser_map", None) or {}).values():
             names |= set(_options(inner))
         default = getattr(action, "default", None)
-        path = default.get("class_path") if hasattr(default, "get") else None
+        path = default.get("class_path") if default is not None and hasattr(default, "get") else None
         if isinstance(path, str):
             names |= {f"--{action.dest}.{key}" for key in _arguments_of(path)}
     return sorted(names)

@@ -35,7 +35,8 @@ def finish(cli: LitPEFTCLI) -> None:
     """Measure if `--evaluate` asks for it, show and keep the results, and print how to go on."""
     rows = int(cli._get(cli.config, "evaluate", 0) or 0)
     console = Console()
-    report = next((callback for callback in cli.trainer.callbacks if isinstance(callback, RunReport)), None)
+    callbacks: list[Callback] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    report = next((callback for callback in callbacks if isinstance(callback, RunReport)), None)
     if rows > 0:
         _evaluate(cli, rows, console, report)
     if cli.trainer.is_global_zero:

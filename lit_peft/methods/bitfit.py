@@ -32,8 +32,8 @@ class BitFitConfig:
     """Settings of BitFit.
 
     Args:
-        target_modules: `all` for every bias of the model; or linear layers, written as for LoRA (`all-linear`, a role, a
-            list of endings, a regular expression): only their biases.
+        target_modules: `all` for every bias of the model; or linear layers, written as for LoRA (`all-linear`, a role,
+            a list of endings, a regular expression): only their biases.
         create_missing: give zero biases to chosen linear layers that have none (all of them on Llama).
 
     Raises:
@@ -138,8 +138,8 @@ class BitFit(PEFT):
         paths, created = self._targets(self.model)
         if created:
             rank_zero_info(
-                f"BitFit: this model has no bias on {created} of the {len(paths)} chosen layers; zero biases are created "
-                "there. They are part of the adapter."
+                f"BitFit: this model has no bias on {created} of the {len(paths)} chosen layers; zero biases are "
+                "created there. They are part of the adapter."
             )
         place(self.model, paths, lambda base: BitFitBias(base, self.bitfit))
 

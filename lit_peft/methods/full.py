@@ -38,7 +38,7 @@ class Full(PEFT):
         else:
             scope_of(
                 self.model
-            ).irreversible = "Full fine-tuning overwrites the base, so it cannot be given back. Set keep_base=True to keep a copy of it."
+            ).irreversible = "Full fine-tuning overwrites the base, so it cannot be given back. Set keep_base=True."
 
     def is_trainable(self, name: str, parameter: nn.Parameter) -> bool:
         """Everything is."""

@@ -118,8 +118,8 @@ class LoRALinear(Adapter):
     """Adds s B A dropout(x) to a linear layer's output.
 
     `base` is an `nn.Linear`, a quantised linear, or GPT-2's `Conv1D` (which stores W transposed). Inputs are
-    (..., in), outputs (..., out). Parameters are float32 whatever the base is, and are cast to the input's dtype for the
-    product, so that no float32 copy of the activations is kept.
+    (..., in), outputs (..., out). Parameters are float32 whatever the base is, and are cast to the input's dtype for
+    the product, so that no float32 copy of the activations is kept.
 
     Example:
         >>> import torch
@@ -150,7 +150,7 @@ class LoRALinear(Adapter):
         for name in self.active():
             config: LoRAConfig = self.configs[name]
             a, b = self.lora_a[name], self.lora_b[name]
-            h = F.dropout(x, config.dropout, self.training) if config.dropout else x
+            h: Tensor = F.dropout(x, config.dropout, self.training) if config.dropout else x
             h = F.linear(h, a.to(h.dtype))
             # addmm adds B h to y in one pass, with no temporary of the output's size
             rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype)
@@ -159,21 +159,20 @@ class LoRALinear(Adapter):
 
     def delta(self, name: str) -> Tensor:
         """Return s B A, (out, in), in float32."""
-        return self.configs[name].scale * (self.lora_b[name].float() @ self.lora_a[name].float())
+        delta: Tensor = self.configs[name].scale * (self.lora_b[name].float() @ self.lora_a[name].float())
+        return delta
 
     def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
         """Fold s B A into W: added in float32, rounded once to the base's dtype."""
-        weight = self.base.weight
+        weight = self.base.get_parameter("weight")
+        transposed = isinstance(self.base, Conv1D)
         if not isinstance(self.base, (nn.Linear, Conv1D)) or not weight.is_floating_point():
-            raise TypeError(
-                f"Cannot merge into a {type(self.base).__name__} layer. Load the base unquantised to merge."
-            )
+            kind = type(self.base).__name__
+            raise TypeError(f"Cannot merge into a {kind} layer. Load the base unquantised to merge.")
         with torch.no_grad():
             for name in self.active() if names is None else names:
                 delta = self.delta(name).to(weight.device)
-                weight.data = (weight.float() + (delta.t() if isinstance(self.base, Conv1D) else delta)).to(
-                    weight.dtype
-                )
+                weight.data = (weight.float() + (delta.t() if transposed else delta)).to(weight.dtype)
         return self.base
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:

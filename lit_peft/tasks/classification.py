@@ -44,7 +44,7 @@ class Classification(Task):
 
     def auto_class(self) -> type:
         """Return the Auto class with a classification head."""
-        return AutoModelForSequenceClassification
+        return AutoModelForSequenceClassification  # type: ignore[no-any-return]
 
     def build_model(self, **kwargs: Any) -> nn.Module:
         """Load the backbone with a head of the right size.
@@ -61,10 +61,11 @@ class Classification(Task):
         names = dict(enumerate(self.labels))
         ids = {name: i for i, name in names.items()}
         model = super().build_model(num_labels=len(self.labels), id2label=names, label2id=ids, **kwargs)
-        if model.config.pad_token_id is None:  # causal models need it to find each row's last token
+        config: Any = model.config
+        if config.pad_token_id is None:  # causal models need it to find each row's last token
             tokenizer = self.tokenizer
             pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-            model.config.pad_token_id = pad
+            config.pad_token_id = pad
         return model
 
     def configure_model(self) -> None:

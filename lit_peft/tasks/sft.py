@@ -133,7 +133,7 @@ class SFT(Task):
 
     def _choices(self) -> dict[str, list[int]]:
         """Return the closed set of answers, if the data has one, as token ids."""
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         return data.choice_ids() if getattr(data, "choices", None) else {}
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
@@ -154,7 +154,7 @@ class Task(AdaptableModule):
     # The optimizer ---------------------------------------------------------------------------------------------------
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Group what is trained by learning rate and weight decay; each owner's preference counts unless `lr` is set."""
+        """Group what is trained by learning rate and weight decay; owners' preferences count unless `lr` is set."""
         groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
         preferred = set()
         for full_name, parameter in self.named_parameters():
@@ -187,10 +187,8 @@ class Task(AdaptableModule):
         groups = self.parameter_groups()
         optimizer: Optimizer
         if self.optim == "adamw":
-            fused = self.device.type == "cuda" and not any(
-                hasattr(p, "full_tensor") for g in groups for p in g["params"]
-            )
-            optimizer = torch.optim.AdamW(groups, fused=fused)
+            sharded = any(hasattr(parameter, "full_tensor") for group in groups for parameter in group["params"])
+            optimizer = torch.optim.AdamW(groups, fused=self.device.type == "cuda" and not sharded)
         else:
             if self.device.type != "cuda":
                 raise ValueError(
@@ -263,8 +261,8 @@ class Task(AdaptableModule):
         total, count = totals.tolist()
         if not math.isfinite(total):
             raise NonFiniteLossError(
-                f"The loss is {total} at step {self.trainer.global_step}; nothing was updated. Lower lr, raise warmup, or "
-                "use precision bf16 instead of 16."
+                f"The loss is {total} at step {self.trainer.global_step}; nothing was updated. Lower lr, raise warmup, "
+                "or use precision bf16 instead of 16."
             )
         # Lightning divided by accumulate_grad_batches, DDP and FSDP2 by the number of processes.
         factor = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(count, 1.0)
@@ -273,7 +271,3 @@ class Task(AdaptableModule):
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
         self.log("train_loss", total / max(count, 1.0), prog_bar=True)
-
-    def announce(self, message: str) -> None:
-        """Say something once, on the first process."""
-        rank_zero_info(message)
