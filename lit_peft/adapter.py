@@ -345,7 +345,7 @@ def keep_selection(model: nn.Module) -> None:
         function = module.__dict__.get("_gradient_checkpointing_func")
         if function is None or getattr(function, "keeps_selection", False):
             continue
-        module._gradient_checkpointing_func = wrapped.setdefault(id(function), capturing(function))
+        module.__dict__["_gradient_checkpointing_func"] = wrapped.setdefault(id(function), capturing(function))
 
 
 def capturing(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

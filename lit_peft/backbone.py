@@ -103,17 +103,20 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     folder = resolve(name)
     try:
-        model = auto.from_pretrained(
+        model, report = auto.from_pretrained(
             folder,
             revision=revision,
             # stays a string where it is one: "auto" means the stored type
             dtype="auto" if dtype is None else _DTYPES.get(str(dtype), dtype),
             trust_remote_code=trust_remote_code,
             use_safetensors=use_safetensors,
+            output_loading_info=True,
             **options,
         )
     except OSError as error:
         raise _readable("weights", name, revision, error) from error
+    # in __dict__: a note for tasks (a new head starts from nothing and must be trained), no part of the model
+    model.__dict__["new_weights"] = frozenset(report["missing_keys"])
     return model.eval()
 
 

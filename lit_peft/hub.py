@@ -78,11 +78,11 @@ def write(
     folder = Path(folder)
     check_free(folder)
     stacked = len(parts) > 1
-    rest = dict(declared)
+    # One folder carries the weights that were trained in place: in a stack, the one that HF PEFT can read.
+    carrier = next((kind for kind in kinds if not kind.startswith("LIT_")), kinds[0])
     files: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
     for kind, part in zip(kinds, parts, strict=True):
-        config, tensors = _part(model, part, rest, name)
-        rest = {}  # in a stack, the first method's folder carries the weights that were trained in place
+        config, tensors = _part(model, part, declared if kind == carrier else {}, name)
         config |= {
             "task_type": task_type,
             "base_model_name_or_path": base.get("name"),

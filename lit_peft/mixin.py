@@ -254,8 +254,8 @@ class PEFT(AdaptableModule):
         thawed = sorted(trained - declared.keys())
         if thawed:
             raise ValueError(
-                f"{len(thawed)} thawed weights of the base were trained too, such as {thawed[0]!r}, and an adapter folder "
-                "has no place for them. Keep the checkpoint, or merge."
+                f"{len(thawed)} thawed weights of the base were trained too, such as {thawed[0]!r}, and an adapter "
+                "folder has no place for them. Keep the checkpoint, or merge."
             )
         labels = getattr(self, "labels", None)
         return hub.write(

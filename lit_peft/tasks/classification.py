@@ -40,6 +40,7 @@ class Classification(Task):
         self.labels = labels
         self.head_lr = head_lr
         self._head: tuple[str, ...] = ()
+        self._new: frozenset[str] = frozenset()
         self.save_hyperparameters({"labels": labels, "head_lr": head_lr})
 
     def auto_class(self) -> type:
@@ -77,6 +78,7 @@ class Classification(Task):
         if head is None:
             raise ValueError(f"{type(self.model).__name__} has no classification head that is known here.")
         self._head = (f"{head}.",)
+        self._new = self.model.__dict__.get("new_weights", frozenset())
         number = len(self.labels or [])
         scores = MetricCollection(
             {
@@ -89,14 +91,18 @@ class Classification(Task):
         self.val_nll, self.test_nll = MeanMetric(), MeanMetric()
 
     def is_trainable(self, name: str, parameter: nn.Parameter) -> bool:
-        """The head is: it starts from nothing."""
-        return (bool(self._head) and name.startswith(self._head)) or super().is_trainable(name, parameter)
+        """The head is, and whatever else the backbone's files do not hold (a pooler): it starts from nothing."""
+        return self._is_new(name) or super().is_trainable(name, parameter)
 
     def learning_rate(self, name: str, parameter: nn.Parameter) -> float | None:
         """Return the head's own rate."""
-        if self._head and name.startswith(self._head):
+        if self._is_new(name):
             return self.head_lr
         return super().learning_rate(name, parameter)
+
+    def _is_new(self, name: str) -> bool:
+        # an adapter around a new layer moves its weights one step down
+        return (bool(self._head) and name.startswith(self._head)) or name.replace(".base.", ".") in self._new
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """Return (batch, classes)."""

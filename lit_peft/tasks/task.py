@@ -130,7 +130,7 @@ class Task(AdaptableModule):
 
     def build_model(self, **kwargs: Any) -> nn.Module:
         """Load the backbone; tasks may pass more arguments to `from_pretrained`."""
-        return backbones.load_model(
+        model: nn.Module = backbones.load_model(
             self.backbone,
             auto=self.auto_class(),
             revision=self.revision,
@@ -139,6 +139,7 @@ class Task(AdaptableModule):
             trust_remote_code=self.trust_remote_code,
             **kwargs,
         )
+        return model
 
     def configure_model(self) -> None:
         """Load the backbone, once."""
