@@ -78,8 +78,10 @@ def write(
     folder = Path(folder)
     check_free(folder)
     stacked = len(parts) > 1
-    # One folder carries the weights that were trained in place: in a stack, the one that HF PEFT can read.
-    carrier = next((kind for kind in kinds if not kind.startswith("LIT_")), kinds[0])
+    # One folder carries the weights that were trained in place: in a stack, that of the method that trains in place
+    # (it places no adapters), else (a task's head) one that HF PEFT reads.
+    in_place = [kind for kind in kinds if not _owned(model, kind)]
+    carrier = [*in_place, *(kind for kind in kinds if not kind.startswith("LIT_")), *kinds][0]
     files: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
     for kind, part in zip(kinds, parts, strict=True):
         config, tensors = _part(model, part, declared if kind == carrier else {}, name)

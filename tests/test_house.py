@@ -39,7 +39,7 @@ ROOMS = {
     "tasks": "adapter module data backbone sites structure",
     "zoo": "methods tasks catalogue module",
     "saved": "hub catalogue",
-    "restore": "zoo saved hub backbone merging module catalogue",
+    "restore": "adapter zoo saved hub backbone merging module catalogue",
 }
 ROOMS["verbs"] = " ".join(ROOMS)
 ROOMS["cli"] = ROOMS["__main__"] = " ".join([*ROOMS, "cli"])

@@ -144,7 +144,7 @@ def choose(task: SFT, prompts: Sequence[Sequence[int]], choices: Sequence[Sequen
             return scores.argmax(1).tolist()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         first = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        cache, width = first.past_key_values, ids.shape[1]
+        cache = first.past_key_values
         for i, choice in enumerate(choices):
             labels = torch.tensor([list(choice)] * len(prompts), device=task.device)
             logits = first.logits[:, -1:]
@@ -157,7 +157,7 @@ def choose(task: SFT, prompts: Sequence[Sequence[int]], choices: Sequence[Sequen
                     use_cache=True,
                 )
                 logits = torch.cat([logits, more.logits], 1)
-                cache.crop(width)
+                cache.crop(1 - len(choice))  # take the choice out again
             scores[:, i] = _log_probability(logits, labels)
     return scores.argmax(1).tolist()
 

@@ -55,5 +55,7 @@ def test_tensors_and_other_scripts(tmp_path: Path) -> None:
 
 def test_other_predictions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="returned a Tensor; AnswerWriter needs a list of dicts"):
-        trainer.predict(BoringModel(), DataLoader(RandomDataset(32, 4)))
+        make_trainer(tmp_path, AnswerWriter(tmp_path / "a.jsonl")).predict(
+            BoringModel(), DataLoader(RandomDataset(32, 4))
+        )
     assert not (tmp_path / "a.jsonl").exists()
