@@ -73,6 +73,7 @@ def test_keeps_the_contract(method: str, promise: Any, scaling: Any, tmp_path: P
 
     case = contract.Case(method, count, {"lora": {"r": 4}} if "lora" in method else {})
     backbone = save_tiny("llama", tmp_path / "backbone")
-    wanted = {"case": case, "kind": "llama", "task": "sft", "folders": lambda kind, task: backbone, "tmp_path": tmp_path}
+    wanted: dict[str, Any] = {"case": case, "kind": "llama", "task": "sft", "tmp_path": tmp_path}
+    wanted["folders"] = lambda kind, task: backbone
     asked = promise.__code__.co_varnames[: promise.__code__.co_argcount]
     promise(**{name: wanted[name] for name in asked})
