@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -43,8 +44,9 @@ class GracefulStop(Callback):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            raise KeyboardInterrupt
+        before = self._previous.get(number)
+        if self.received and callable(before):  # raises
+            before(number, frame)
         self.received = number
         name = signal.Signals(number).name
         rank_zero_info(f"\n{name}: finishing this step, then saving. Again to stop at once.")
@@ -56,20 +58,29 @@ class GracefulStop(Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # the end of the epoch comes first, with its validation and checkpoint
         # Every process gets the signal at another moment; they must agree on the step.
         stop = bool(self.received)
         if trainer.world_size > 1:
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if not stop:
             return
-        path = "nothing: no checkpoint callback is there"
+        saved = "nothing: no checkpoint callback is there"
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
-                path = f"{callback.dirpath}/last.ckpt"
+                path = Path(callback.dirpath, "last.ckpt")
                 trainer.save_checkpoint(path)
+                saved = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
                 break
         number = self.received or signal.SIGTERM
-        raise Interrupted(number, f"stopped at step {trainer.global_step}, saved {path}. Resume: {self.resume}")
+        raise Interrupted(number, f"stopped at step {trainer.global_step}, saved {saved}. Resume: {self.resume}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave if the signal came during the last epoch's end; everything is saved by then."""
+        if self.received:
+            done = f"stopped after the last step, {trainer.global_step}"
+            raise Interrupted(self.received, f"{done}. Resume: {self.resume}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from lit_peft import __version__
 
@@ -82,13 +83,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             LitPEFTCLI.start(verb, rest)
         else:
             from importlib import import_module
+            from inspect import signature
 
             from jsonargparse import auto_cli
+
+            from lit_peft.cli.complaints import OneLine
 
             module = import_module(f"lit_peft.verbs.{verb}")
             if hasattr(module, "shorthand"):
                 rest = module.shorthand(rest)
-            outcome.code = auto_cli(module.run, args=rest, prog=f"lit-peft {verb}") or 0
+            if rest and not rest[0].startswith("-"):  # lit-peft merge RUN --out FOLDER
+                rest = [f"--{next(iter(signature(module.run).parameters))}={rest[0]}", *rest[1:]]
+            options: dict[str, Any] = {"as_positional": False, "parser_class": OneLine}
+            outcome.code = auto_cli(module.run, args=rest, prog=f"lit-peft {verb}", **options) or 0
     return outcome.code
 
 

@@ -7,9 +7,10 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 USER_MISTAKE, FAILED = 2, 1
 
@@ -52,7 +53,7 @@ def guarded() -> Iterator[Outcome]:
         say(str(stop))
     except KeyboardInterrupt:
         outcome.code = 128 + signal.SIGINT
-        say("Interrupted before training began; nothing was written.")
+        say("interrupted; nothing was written.")
     except SystemExit as stop:
         outcome.code = stop.code if isinstance(stop.code, int) else (0 if stop.code is None else 1)
     except BrokenPipeError:
@@ -72,6 +73,27 @@ def guarded() -> Iterator[Outcome]:
         traceback.print_exc()
         say("This was not foreseen; please report it with the lines above.")
         outcome.code = FAILED
+
+
+@contextmanager
+def stopping(advice: Callable[[], str]) -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise `Interrupted` inside the block.
+
+    Python's own KeyboardInterrupt would not do: Lightning's Trainer turns it into exit code 1.
+
+    Args:
+        advice: what to tell, asked at the signal.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number, advice())
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _report(error: BaseException, code: int, advice: str = "") -> int:

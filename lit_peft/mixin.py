@@ -193,7 +193,7 @@ class PEFT(AdaptableModule):
         meta["class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the file holds every trained weight and none that this model lacks.
+        """Check that the file was made on this base, and holds every trained weight and none that this model lacks.
 
         Raises:
             ValueError: with the first keys that do not fit.
@@ -201,6 +201,8 @@ class PEFT(AdaptableModule):
         super().on_load_checkpoint(checkpoint)
         if not self._placed or self.model is None:
             return
+        if self.check_base:
+            hub.compare_bases(checkpoint.get("lit_peft", {}).get("base") or {}, self.base_identity())
         stored = set(checkpoint.get("lit_peft", {}).get("keys") or checkpoint.get("state_dict", {}))
         stored = {key for key in stored if key.startswith("model.")}
         present = {f"model.{name}" for name, _ in self.model.named_parameters(remove_duplicate=False)}
@@ -213,6 +215,15 @@ class PEFT(AdaptableModule):
                 else (f"holds {len(surplus)} weights that this model lacks, such as {surplus[0]!r}")
             )
             raise ValueError(f"The checkpoint {what}. Was it made with another method, rank or base model?")
+        mine = {
+            f"model.{name}": parameter.shape for name, parameter in self.model.named_parameters(remove_duplicate=False)
+        }
+        for key, tensor in checkpoint.get("state_dict", {}).items():
+            if key in mine and tensor.shape != mine[key]:
+                raise ValueError(
+                    f"Shapes differ for {key!r}: {tuple(tensor.shape)} in the checkpoint, {tuple(mine[key])} here. Was "
+                    "it made with another rank or base model?"
+                )
 
     # Adapter folders -------------------------------------------------------------------------------------------------
 

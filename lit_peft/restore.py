@@ -106,15 +106,10 @@ def _from_checkpoint(path: Path, backbone: str | None, options: dict[str, Any], 
     if "adapter" in settings:  # where training started from: its weights are in the checkpoint, the folder may be gone
         settings["adapter"] = None
     module: Any = _class(meta["class_path"], path)(**{**settings, **options})
+    module.check_base = check_base
     module.configure_model()
-    if check_base:
-        hub.compare_bases(meta.get("base", {}), getattr(module, "backbone_identity", {}))
     module.on_load_checkpoint(checkpoint)
     state, mine = checkpoint["state_dict"], dict(module.named_parameters(remove_duplicate=False))
-    for key, tensor in state.items():
-        if key in mine and mine[key].shape != tensor.shape:
-            shown = f"{tuple(tensor.shape)} in {path}, {tuple(mine[key].shape)} in this model"
-            raise ValueError(f"Shapes differ for {key!r}: {shown}. Is it a checkpoint on another base model?")
     with_grad = module.trained_keys()
     thawed = [(key.removeprefix("model."), mine[key]) for key in state if key in mine and key not in with_grad]
     remember(module.model, thawed)  # so that `disabled` still gives the base, and an export sees that they were trained

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -23,10 +27,10 @@ from lit_peft.callbacks import (
     Throughput,
 )
 from lit_peft.cli import ending, runs
-from lit_peft.cli.complaints import one_line
+from lit_peft.cli.complaints import OneLine, innermost
 from lit_peft.cli.request import Request, read
 from lit_peft.data.rows import Rows
-from lit_peft.faults import Interrupted, RunFailed
+from lit_peft.faults import RunFailed, stopping
 from lit_peft.module import AdaptableModule
 from lit_peft.quiet import quiet
 from lit_peft.verbs.preview import preview
@@ -65,20 +69,19 @@ class PEFTTrainer(Trainer):
         return trained
 
 
-class Parser(LightningArgumentParser):
-    """A parser whose complaints are one readable line."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Leave with the line that matters."""
-        raise ValueError(one_line(message, self))
+class Parser(OneLine, LightningArgumentParser):
+    """Lightning's parser with readable complaints."""
 
 
 class SaveRunConfig(SaveConfigCallback):
     """Writes the resolved configuration into the run folder and into every checkpoint."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write `config.yaml` once, in training."""
-        if stage == "fit" and trainer.is_global_zero and not self.already_saved:
+        """Write nothing yet: a mistake that shows before the first step must not leave what looks like a run."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write `config.yaml` once."""
+        if trainer.is_global_zero and not self.already_saved:
             runs.write_config(trainer.default_root_dir, self.plain())
             self.already_saved = True
 
@@ -102,13 +105,12 @@ class LitPEFTCLI(LightningCLI):
     def __init__(self, request: Request) -> None:
         self.request = request
         self.saved: dict[str, Any] = {}
-        self.started = False
         if request.ckpt_path:
             self._restore(request)
         if request.model is None or request.flags & {"method", "task"}:
             self.default_model = _path(compose(request.method, request.task))
         else:
-            self.default_model = request.model
+            self.default_model = _importable(request.model)
         super().__init__(
             AdaptableModule,
             LightningDataModule,
@@ -139,7 +141,7 @@ class LitPEFTCLI(LightningCLI):
         for key in ("method", "task"):
             if key not in request.flags and isinstance(self.saved.get(key), str):
                 setattr(request, key, self.saved[key])
-        if request.model is None and not request.flags & {"method", "task"}:
+        if request.model is None:
             request.model = self.saved.get("model", {}).get("class_path")
 
     def _arguments(self) -> list[str]:
@@ -212,11 +214,27 @@ class LitPEFTCLI(LightningCLI):
             keys = (*KEPT, "trainer") if self.request.verb == "fit" else KEPT
             for line in runs.overruled(self.saved, config.as_dict(), keys):
                 rank_zero_info(line)
+        for name, value, least in (
+            ("evaluate", config.get("evaluate", 0), 0),
+            ("trainer.accumulate_grad_batches", config.trainer.get("accumulate_grad_batches", 1), 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} is {value}; it must be {least} or more.")
         self.run_dir = runs.choose(self.request, config.run_dir)
+        self.new_folder = not self.run_dir.exists()
         config.trainer.default_root_dir = str(self.run_dir)
         if config.trainer.precision is None:
             config.trainer.precision, why = runs.precision()
             rank_zero_info(f"precision {config.trainer.precision}: {why}")
+
+    def instantiate_classes(self) -> None:
+        """Build everything; what a class says about its settings is passed on without the parser's layers."""
+        try:
+            super().instantiate_classes()
+        except MisconfigurationException as error:
+            raise ValueError(str(error)) from error
+        except Exception as error:
+            raise innermost(error) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks and loggers of a run, where the user has not given their own."""
@@ -260,15 +278,36 @@ class LitPEFTCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the verb; what fails after training began is no mistake in the command."""
         try:
-            super()._run_subcommand(subcommand)
-        except (KeyboardInterrupt, Interrupted, SystemExit):
-            raise
-        except Exception as error:
+            with stopping(self._stopped):
+                super()._run_subcommand(subcommand)
+        except BaseException as error:
+            self._discard()
+            if not isinstance(error, Exception):
+                raise
             if subcommand == "fit" and self.trainer.global_step > runs.resumed_step(self.trainer):
-                last = self.run_dir / "checkpoints" / "last.ckpt"
-                advice = f"Resume: lit-peft fit --ckpt_path {last}" if last.is_file() else ""
-                raise RunFailed(advice) from error
+                raise RunFailed(self._resume()) from error
+            if isinstance(error, MisconfigurationException):
+                raise ValueError(str(error)) from error
             raise
+
+    def _discard(self) -> None:
+        """Leave no folder behind that holds no run: training had not begun."""
+        begun = (self.run_dir / runs.CONFIG).exists()
+        if self.request.verb == "fit" and self.new_folder and not begun and self.trainer.is_global_zero:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+            with suppress(OSError):  # it holds other runs
+                self.run_dir.parent.rmdir()
+
+    def _stopped(self) -> str:
+        if self.request.verb != "fit":
+            return "stopped."
+        if not (self.run_dir / runs.CONFIG).exists():
+            return "stopped before training began; nothing was written."
+        return f"stopped at once. {self._resume() or 'Nothing was saved.'}"
+
+    def _resume(self) -> str:
+        last = self.run_dir / "checkpoints" / "last.ckpt"
+        return f"Resume: lit-peft fit --ckpt_path {shlex.quote(str(last))}" if last.is_file() else ""
 
     def after_fit(self) -> None:
         """Compare with the base if asked, show the results, and say how to go on."""
@@ -298,3 +337,25 @@ def _has(callbacks: list[Callback], kind: type[Callback]) -> bool:
 
 def _path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _importable(path: str) -> str:
+    """Return the path of a user's own module class.
+
+    Raises:
+        ValueError: if it cannot be imported.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except TypeError:
+        raise  # methods and task in the wrong order
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"--model {path} cannot be imported ({reason}). Write it as package.module.Class, with its folder on "
+            "PYTHONPATH."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, AdaptableModule)):
+        raise ValueError(f"--model {path} adapts nothing. Make it of methods and a task: class {name}(LoRA, SFT).")
+    return path

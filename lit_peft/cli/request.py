@@ -104,8 +104,13 @@ def load(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{path}{line}: not valid YAML ({error.problem}). Correct that line.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if content is None:
+        raise ValueError(f"{path} is empty. Write `key: value` lines into it, or leave it out.")
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold `key: value` lines, not {type(content).__name__}.")
     return content

@@ -80,9 +80,8 @@ def find_checkpoint(asked: str, method: str, task: str) -> Path:
     if path.exists():
         kind, found_path = locate(path)
         if kind != "checkpoint":
-            raise FileNotFoundError(
-                f"{path} holds a saved {kind}, no checkpoint. Start from it with --model.adapter {path}."
-            )
+            flag = "--model.adapter" if kind == "adapter" else "--model.backbone"
+            raise FileNotFoundError(f"{path} holds a saved {kind}, no checkpoint. Start from it with {flag} {path}.")
         return found_path
     near = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
     raise FileNotFoundError(f"There is no checkpoint {path}.{f' There is {near[0]}.' if near else ''}")

@@ -130,7 +130,7 @@ def find_parts(path: Paths, split: str | None = None) -> tuple[list[Part], list[
         ValueError: If a path names nothing readable, or a weight is not positive.
     """
     names = [path] if isinstance(path, str) else list(path)
-    if not names:
+    if not names or not all(name.strip() for name in names):
         raise ValueError("No data path was given: --data.path FILE.")
     weights = [float(weight) for weight in path.values()] if isinstance(path, Mapping) else None
     if weights and min(weights) <= 0:

@@ -69,6 +69,9 @@ class Rows(LightningDataModule):
             raise ValueError(f"max_length {max_length} is too small to hold a prompt and an answer: use 8 or more.")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, not {val_fraction}.")
+        for name, value in (("num_workers", num_workers), ("seed", seed), ("limit_test", limit_test or 0)):
+            if value < 0:
+                raise ValueError(f"{name} is {value}; it must be 0 or more.")
         self.path, self.val_path, self.test_path = path, val_path, test_path
         self.batch_size, self.max_length, self.val_fraction = batch_size, max_length, val_fraction
         self.limit_test, self.num_workers, self.seed = limit_test, num_workers, seed
@@ -205,7 +208,10 @@ class Rows(LightningDataModule):
             first += len(table)
         whole = datasets.concatenate_datasets(done)
         if 0 not in whole["split"][:]:
-            raise ValueError(f"Every label is masked: none of the {first} rows of {self.path!r} has anything to learn.")
+            raise ValueError(
+                f"Every label is masked: none of the {first} rows of {self.path!r} has anything to learn. Check the "
+                "roles and the format; answers must be the assistant's and not empty."
+            )
         counts = self._counts
         counts["rows"] = first
         return whole, {**meta, "report": dict(counts), "said": [*meta["said"], self.summary(counts)]}

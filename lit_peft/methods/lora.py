@@ -65,7 +65,7 @@ class LoRAConfig:
             raise ValueError(f"lora.r is {self.r}; the rank must be 1 or more.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1.")
-        if self.alpha <= 0:
+        if not 0 < self.alpha < math.inf:
             raise ValueError(f"lora.alpha is {self.alpha}; it must be above 0.")
         if not self.target_modules:
             raise ValueError("lora.target_modules is empty. Name some, or leave it out for all linear layers.")

@@ -76,6 +76,26 @@ class SFT(Task):
             return logits[:, 0] * 0.0, targets[:, 0]
         return logits[kept], targets[kept]
 
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """See in the first batch that the end of turn is learned.
+
+        Raises:
+            ValueError: if every answer is followed by an end of turn that is masked. That happens where padding is the
+                same token and was masked by its id; such a model never stops writing.
+        """
+        super().on_train_batch_start(batch, batch_idx)
+        end = self.tokenizer.eos_token_id
+        if batch_idx or self.encoder_decoder or end != self.tokenizer.pad_token_id or "attention_mask" not in batch:
+            return
+        learned = batch["labels"] != IGNORED
+        after = learned[:, :-1] & ~learned[:, 1:] & batch["attention_mask"][:, 1:].bool()
+        eaten = after & (batch["input_ids"][:, 1:] == end)
+        if bool(eaten.any()) and not bool((batch["labels"] == end).any()):
+            raise ValueError(
+                f"The end of turn ({self.tokenizer.eos_token!r}) is masked after every answer, so the model would "
+                "never stop. It is the padding token too: mask padding by its place (attention_mask), not by its id."
+            )
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the summed loss; `Task` divides the gradients once, over the whole batch."""
         logits, targets = self.trained_logits(batch)

@@ -60,8 +60,11 @@ class Task(AdaptableModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if lr is not None and not lr > 0:
-            raise ValueError(f"lr is {lr}; it must be above 0.")
+        if lr is not None and not 0 < lr <= 10:
+            raise ValueError(f"lr is {lr}; it must be above 0 and at most 10.")
+        for name, value in (("weight_decay", weight_decay), ("max_grad_norm", max_grad_norm)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be 0 or more.")
         if not 0 <= warmup < 1:
             raise ValueError(f"warmup is {warmup}; it is a share of the run, at least 0 and below 1.")
         self.backbone = backbone
