@@ -78,11 +78,13 @@ class SaveRunConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write nothing yet: a mistake that shows before the first step must not leave what looks like a run."""
+        runs.agree(self.plain(), KEPT)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `config.yaml` once."""
-        if trainer.is_global_zero and not self.already_saved:
-            runs.write_config(trainer.default_root_dir, self.plain())
+        """Write `config.yaml` once, on every machine: one without the checkpoint resumes by it."""
+        folder = trainer.strategy.broadcast(str(trainer.default_root_dir))
+        if trainer.local_rank == 0 and not self.already_saved:
+            runs.write_config(folder, self.plain())
             self.already_saved = True
 
     def plain(self) -> dict[str, Any]:
@@ -136,8 +138,15 @@ class LitPEFTCLI(LightningCLI):
 
     def _restore(self, request: Request) -> None:
         """Let a checkpoint's own configuration come before the user's files and flags."""
-        request.ckpt_path = str(runs.find_checkpoint(request.ckpt_path or "", request.method, request.task))
-        self.saved = runs.saved_config(request.ckpt_path)
+        asked, resume = request.ckpt_path or "", request.verb == "fit"
+        try:
+            found = runs.find_checkpoint(asked, request.method, request.task, resume=resume)
+            self.saved = runs.saved_config(found)
+        except FileNotFoundError:
+            if not runs.further_machine():
+                raise
+            found, self.saved = runs.config_without_checkpoint(asked, bool(request.configs), resume=resume)
+        request.ckpt_path = str(found)
         for key in ("method", "task"):
             if key not in request.flags and isinstance(self.saved.get(key), str):
                 setattr(request, key, self.saved[key])
