@@ -11,11 +11,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_peft import load
 from lit_peft.__main__ import main
+from lit_peft.callbacks import AdapterCheckpoint
+from lit_peft.cli import runs
 from lit_peft.cli.app import LitPEFTCLI
 from tests.models import save_tiny
 
@@ -35,11 +38,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-@pytest.fixture(scope="module", params=METHODS)
-def run(request: pytest.FixtureRequest, home: Path) -> Path:
-    folder = home / str(request.param)
+def fit(home: Path, folder: Path, method: str, *more: str) -> int:
     settings = {
-        "method": request.param,
+        "method": method,
         "model.backbone": home / "base",
         "model.lr": "3e-2",
         "data.path": home / "rows.jsonl",
@@ -53,8 +54,45 @@ def run(request: pytest.FixtureRequest, home: Path) -> Path:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIT_PEFT_RUN_DIR", "")
-        assert main(["fit", *(f"--{key}={value}" for key, value in settings.items())]) == 0
+        return main(["fit", *(f"--{key}={value}" for key, value in settings.items()), *more])
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def run(request: pytest.FixtureRequest, home: Path) -> Path:
+    folder = home / str(request.param)
+    assert fit(home, folder, request.param) == 0
     return folder
+
+
+def test_save_every(home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--save_every` keeps the place between validations; a checkpoint callback of the user's own goes to the run."""
+    saved: list[int] = []
+    stock = AdapterCheckpoint._save_last_checkpoint
+
+    def save(self: AdapterCheckpoint, trainer: Trainer, candidates: dict[str, Tensor]) -> None:
+        saved.append(trainer.global_step)
+        stock(self, trainer, candidates)
+
+    monkeypatch.setattr(AdapterCheckpoint, "_save_last_checkpoint", save)
+    steps = ("--trainer.max_steps=5", "--trainer.limit_val_batches=0")
+    assert fit(home, home / "every", "lora", *steps, "--save_every=2") == 0
+    assert saved == [2, 4, 5]
+    stored = torch.load(home / "every/checkpoints/last.ckpt", weights_only=True)
+    assert stored["lit_peft"]["config"]["save_every"] == 2
+    own = "--trainer.callbacks+=lit_peft.callbacks.AdapterCheckpoint"
+    assert fit(home, home / "own", "lora", *steps, own, "--trainer.callbacks.every_n_steps=3") == 0
+    assert [path.name for path in (home / "own").rglob("*.ckpt")] == ["last.ckpt"]
+    assert (home / "own/checkpoints/last.ckpt").is_file()
+    capsys.readouterr()
+    assert fit(home, home / "never", "lora", "--save_every=0") == 2
+    assert "save_every is 0; it must be 1 or more" in capsys.readouterr().err
+
+
+def test_a_run_folder_is_resumed_from_its_last_and_measured_by_its_best(home: Path) -> None:
+    folder = home / "folder"
+    assert fit(home, folder, "lora") == 0
+    assert runs.find_checkpoint(str(folder), "lora", "sft", resume=True).name == "last.ckpt"
+    assert runs.find_checkpoint(str(folder), "lora", "sft").name == "best.ckpt"
 
 
 def test_validation_gives_the_last_logged_loss_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,6 +252,9 @@ class LitPEFTCLI(LightningCLI):
         verb = self.request.verb
         extra: list[Callback] = []
         if verb == "fit":
+            for callback in given:
+                if isinstance(callback, AdapterCheckpoint) and callback.dirpath is None:
+                    callback.dirpath = str((self.run_dir / runs.CHECKPOINTS).resolve())
             if config.get("enable_checkpointing") is not False and not _has(given, ModelCheckpoint):
                 extra.append(AdapterCheckpoint(self.run_dir / runs.CHECKPOINTS, every_n_steps=self._save_every()))
             extra += [make() for kind, make in self._fit_callbacks().items() if not _has(given, kind)]
