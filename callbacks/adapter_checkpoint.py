@@ -15,6 +15,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -103,10 +104,17 @@ class AdapterCheckpoint(ModelCheckpoint):
 
         Lightning gives a stateful loader its state only when it makes the loader after the checkpoint was read. A
         learning rate schedule that asked for the number of steps made it before.
+
+        From a file written at an epoch's end, Lightning skips the next epoch if the run is counted in steps: it takes
+        the finished epoch for one to finish. So it is told what it sees by itself in a run counted in epochs.
         """
         super().on_train_start(trainer, pl_module)
         self._written = trainer.global_step
         loop = trainer.fit_loop
+        if loop.restarted_on_epoch_end:
+            loop.epoch_progress.increment_completed()
+            loop.reset_restart_stage()
+            _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined] # its own setter insists
         if loop.restarting and loop._combined_loader_states_to_load and loop._data_fetcher is not None:
             loop._load_combined_loader_states()
             iter(loop._data_fetcher)

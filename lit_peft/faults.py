@@ -105,6 +105,6 @@ def _report(error: BaseException, code: int, advice: str = "") -> int:
 
 
 def say(line: str) -> None:
-    """Print one line on stderr under the program's name, on the first process only."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0":
+    """Print one line on stderr under the program's name, once on every machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"lit-peft: {line}", file=sys.stderr, flush=True)

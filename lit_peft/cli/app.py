@@ -42,6 +42,7 @@ DATA = {
 }
 # What a checkpoint's own configuration decides; the Trainer's part only when training goes on.
 KEPT = ("method", "task", "seed_everything", "model", "data")
+OF_FIT = ("trainer", "evaluate", "save_every")
 
 
 class PEFTTrainer(Trainer):
@@ -77,17 +78,19 @@ class SaveRunConfig(SaveConfigCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write nothing yet: a mistake that shows before the first step must not leave what looks like a run."""
+        runs.agree(self.plain(), KEPT)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write `config.yaml` once."""
-        if trainer.is_global_zero and not self.already_saved:
-            runs.write_config(trainer.default_root_dir, self.plain())
+        """Write `config.yaml` once, on every machine: one without the checkpoint resumes by it."""
+        folder = trainer.strategy.broadcast(str(trainer.default_root_dir))
+        if trainer.local_rank == 0 and not self.already_saved:
+            runs.write_config(folder, self.plain())
             self.already_saved = True
 
     def plain(self) -> dict[str, Any]:
         """Return the configuration as plain values, without what belongs to this one call."""
         dumped = yaml.safe_load(self.parser.dump(self.config, skip_none=True))
-        return {key: value for key, value in dumped.items() if key in (*KEPT, "trainer", "evaluate")}
+        return {key: value for key, value in dumped.items() if key in (*KEPT, *OF_FIT)}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the configuration into the checkpoint, so that it alone restores everything."""
@@ -135,8 +138,15 @@ class LitPEFTCLI(LightningCLI):
 
     def _restore(self, request: Request) -> None:
         """Let a checkpoint's own configuration come before the user's files and flags."""
-        request.ckpt_path = str(runs.find_checkpoint(request.ckpt_path or "", request.method, request.task))
-        self.saved = runs.saved_config(request.ckpt_path)
+        asked, resume = request.ckpt_path or "", request.verb == "fit"
+        try:
+            found = runs.find_checkpoint(asked, request.method, request.task, resume=resume)
+            self.saved = runs.saved_config(found)
+        except FileNotFoundError:
+            if not runs.further_machine():
+                raise
+            found, self.saved = runs.config_without_checkpoint(asked, bool(request.configs), resume=resume)
+        request.ckpt_path = str(found)
         for key in ("method", "task"):
             if key not in request.flags and isinstance(self.saved.get(key), str):
                 setattr(request, key, self.saved[key])
@@ -147,11 +157,10 @@ class LitPEFTCLI(LightningCLI):
         request = self.request
         arguments: list[str] = []
         if self.saved:
-            kept = {key: self.saved[key] for key in KEPT if key in self.saved}
-            trainer = dict(self.saved.get("trainer", {}))
-            kept["trainer"] = (
-                trainer if request.verb == "fit" else {k: v for k, v in trainer.items() if k == "precision"}
-            )
+            fitting = request.verb == "fit"
+            kept = {key: self.saved[key] for key in (*KEPT, *(OF_FIT if fitting else ())) if key in self.saved}
+            if not fitting:
+                kept["trainer"] = {k: v for k, v in self.saved.get("trainer", {}).items() if k == "precision"}
             arguments += ["--config", yaml.safe_dump(kept)]
         skip = False
         for i, argument in enumerate(request.arguments):
@@ -191,6 +200,8 @@ class LitPEFTCLI(LightningCLI):
         if self.request.verb == "fit":
             text = "after training, measure base and tuned model on this many test rows"
             parser.add_argument("--evaluate", type=int, default=0, help=text)
+            text = "write last.ckpt also after so many optimizer steps, not only after validations and epochs"
+            parser.add_argument("--save_every", type=int | None, default=None, help=text)
         check(self.request.task, catalogue.TASKS, "task")
         parser.set_defaults(
             {"model": {"class_path": self.default_model}, "data": {"class_path": DATA[self.request.task]}}
@@ -241,15 +252,19 @@ class LitPEFTCLI(LightningCLI):
         verb = self.request.verb
         extra: list[Callback] = []
         if verb == "fit":
+            for callback in given:
+                if isinstance(callback, AdapterCheckpoint) and callback.dirpath is None:
+                    callback.dirpath = str((self.run_dir / runs.CHECKPOINTS).resolve())
             if config.get("enable_checkpointing") is not False and not _has(given, ModelCheckpoint):
-                extra.append(AdapterCheckpoint(dirpath=self.run_dir / "checkpoints"))
+                extra.append(AdapterCheckpoint(self.run_dir / runs.CHECKPOINTS, every_n_steps=self._save_every()))
             extra += [make() for kind, make in self._fit_callbacks().items() if not _has(given, kind)]
         if verb == "predict" and not _has(given, AnswerWriter):
             extra.append(AnswerWriter(self.run_dir / "predictions.jsonl"))
         if config.get("logger") is None:
             session = runs.session(self.run_dir)
             kwargs["logger"] = verb == "fit" and [
-                CSVLogger(self.run_dir, name="logs", version=session),
+                # Every row is written at once: a run that is killed keeps them.
+                CSVLogger(self.run_dir, name="logs", version=session, flush_logs_every_n_steps=1),
                 TensorBoardLogger(self.run_dir, name="tensorboard", version=session, default_hp_metric=False),
             ]
         if verb != "preview" and config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):
@@ -257,6 +272,12 @@ class LitPEFTCLI(LightningCLI):
         kwargs["callbacks"] = [*given, *extra]
         kwargs["enable_model_summary"] = bool(config.get("enable_model_summary"))  # one line of ours says more
         return super().instantiate_trainer(**kwargs)
+
+    def _save_every(self) -> int | None:
+        every: int | None = self._get(self.config, "save_every")
+        if every is not None and every < 1:
+            raise ValueError(f"save_every is {every}; it must be 1 or more, or left out.")
+        return every
 
     def _fit_callbacks(self) -> dict[type[Callback], Callable[[], Callback]]:
         resume = f"lit-peft fit --ckpt_path {shlex.quote(str(self.run_dir / 'checkpoints' / 'last.ckpt'))}"

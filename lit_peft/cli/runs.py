@@ -12,17 +12,21 @@ from collections.abc import Iterable, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
+import torch.distributed as dist
 import yaml
 from lightning.pytorch import Trainer
 
-from lit_peft.cli.request import Request
+from lit_peft.cli.request import Request, load
 from lit_peft.saved import locate, read_checkpoint
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 HOME = Path("runs")
+# settings that may differ from machine to machine
+PLACES = ("backbone", "adapter", "path", "val_path", "test_path", "cache_dir", "num_workers", "default_root_dir")
 
 
 def choose(request: Request, asked: str | None) -> Path:
@@ -63,8 +67,14 @@ def _home_of(checkpoint: str | None) -> Path | None:
     return parent.parent if parent.name == CHECKPOINTS else None
 
 
-def find_checkpoint(asked: str, method: str, task: str) -> Path:
+def find_checkpoint(asked: str, method: str, task: str, *, resume: bool = False) -> Path:
     """Return the checkpoint that a path, a run folder, or the word `last` means.
+
+    Args:
+        asked: what the user gave.
+        method: whose runs to look through for `last` and `best`.
+        task: likewise.
+        resume: training goes on, so a run folder means its last checkpoint and not its best.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -77,6 +87,8 @@ def find_checkpoint(asked: str, method: str, task: str) -> Path:
             raise FileNotFoundError(f"There is no {asked} checkpoint under {HOME}/*-{method}-{task}. Give its path.")
         return wanted[-1]
     path = Path(asked)
+    if resume and _last_of(path).is_file():
+        return _last_of(path)
     if path.exists():
         kind, found_path = locate(path)
         if kind != "checkpoint":
@@ -85,6 +97,44 @@ def find_checkpoint(asked: str, method: str, task: str) -> Path:
         return found_path
     near = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
     raise FileNotFoundError(f"There is no checkpoint {path}.{f' There is {near[0]}.' if near else ''}")
+
+
+def _last_of(folder: Path) -> Path:
+    return folder / CHECKPOINTS / "last.ckpt"
+
+
+def further_machine() -> bool:
+    """Return whether a launcher (torchrun, Lightning, SLURM) says that this machine is not the first one."""
+    return any(os.environ.get(key, "0") != "0" for key in ("GROUP_RANK", "NODE_RANK", "SLURM_NODEID"))
+
+
+def config_without_checkpoint(asked: str, given: bool, *, resume: bool = False) -> tuple[Path, dict[str, Any]]:
+    """Return path and configuration of a checkpoint that only the first machine has.
+
+    The file is shipped once the processes are connected, but what to build must be known before. Each machine wrote
+    the run's `config.yaml` into its own run folder, so that is read; on a machine that is new to the run, the user
+    gives one.
+
+    Args:
+        asked: what the user gave as the checkpoint.
+        given: whether a configuration file is on the command line, which then says everything.
+        resume: as for `find_checkpoint`.
+
+    Raises:
+        FileNotFoundError: if nothing here says what to build.
+    """
+    path = Path(asked)
+    if path.suffix != ".ckpt" and resume:
+        path = _last_of(path)
+    home = _home_of(str(path))
+    if path.suffix == ".ckpt" and home is not None and (home / CONFIG).is_file():
+        return path, load(home / CONFIG)
+    if path.suffix == ".ckpt" and given:
+        return path, {}
+    raise FileNotFoundError(
+        f"There is no checkpoint {asked} on this machine, and no {CONFIG} of its run. Give the file's path as on the "
+        f"first machine, which sends it, and a copy of that run's configuration: --ckpt_path FILE.ckpt -c {CONFIG}."
+    )
 
 
 def saved_config(checkpoint: str | Path) -> dict[str, Any]:
@@ -106,29 +156,53 @@ def write_config(folder: str | Path, config: Mapping[str, Any]) -> Path:
     """Write the resolved configuration of a run, whole or not at all."""
     path = Path(folder) / CONFIG
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return path
+    temporary = path.with_name(f".{CONFIG}.{uuid4().hex}")  # machines that share the disk write at the same time
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
     return path
 
 
 def overruled(saved: Mapping[str, Any], now: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
     """Return one line for each setting of a checkpoint that flags or files overrule."""
-
-    def leaves(value: Any, path: str) -> dict[str, Any]:
-        if isinstance(value, Mapping):
-            return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{path}.{key}").items()}
-        return {path: value}
-
-    def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for key in keys if key in config for k, v in leaves(config[key], key).items()}
-
-    before, after = flat(saved), flat(now)
+    before, after = _flat(saved, keys), _flat(now, keys)
     return [
         f"{key.replace('.init_args', '')}: {after[key]} overrules the checkpoint's {before.get(key)}"
         for key in after
         if key.rpartition(".")[0] and str(before.get(key)) != str(after[key])
     ]
+
+
+def agree(config: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """See that all processes are about to do the same; paths may differ from machine to machine.
+
+    Raises:
+        ValueError: on all processes, with the first setting that differs.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    mine = {k: str(v) for k, v in _flat(config, keys).items() if k.rpartition(".")[2] not in PLACES}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for rank, other in enumerate(everyone):
+        for key in sorted(everyone[0].keys() | other.keys()):
+            one, two = everyone[0].get(key), other.get(key)
+            if one != two:
+                raise ValueError(
+                    f"{key.replace('.init_args', '')} is {one} on the first process and {two} on process {rank}. "
+                    "Start all with the same flags and configuration files."
+                )
+
+
+def _flat(config: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    def leaves(value: Any, path: str) -> dict[str, Any]:
+        if isinstance(value, Mapping):
+            return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{path}.{key}").items()}
+        return {path: value}
+
+    return {k: v for key in keys if key in config for k, v in leaves(config[key], key).items()}
 
 
 def session(folder: Path) -> str:

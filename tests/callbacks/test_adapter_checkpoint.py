@@ -70,6 +70,8 @@ CASES = {
     "validation inside an accumulated batch": {"die_at": (1, 5), "val_check_interval": 3, "accumulate_grad_batches": 2},
     "a plain shuffling DataLoader at an epoch's start": {"die_at": (1, 2), "loaders": plain_loaders},
     "the last step of an epoch": {"die_at": (2, 0), "every": 6, "max_epochs": 3},
+    "counted in steps, from an epoch's end": {"die_at": (1, 2), "validate": False, "max_epochs": -1, "max_steps": 15},
+    "counted in steps, after validation": {"die_at": (1, 0), "max_epochs": -1, "max_steps": 15},
     "validation in every second epoch": {"die_at": (1, 2), "check_val_every_n_epoch": 2},
 }
 
