@@ -48,6 +48,7 @@ def fit(home: Path, folder: Path, method: str, *more: str) -> int:
         "data.batch_size": 3,
         "data.cache_dir": home / "cache",
         "trainer.max_epochs": 2,
+        "trainer.limit_val_batches": 1,  # of two
         "trainer.accelerator": "cpu",
         "trainer.enable_progress_bar": "false",
         "run_dir": folder,

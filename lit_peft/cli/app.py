@@ -40,9 +40,10 @@ DATA = {
     "sft": "lit_peft.data.instructions.Instructions",
     "classification": "lit_peft.data.labelled.Labelled",
 }
-# What a checkpoint's own configuration decides; the Trainer's part only when training goes on.
+# What a checkpoint's own configuration decides; the Trainer's part in full only when training goes on.
 KEPT = ("method", "task", "seed_everything", "model", "data")
 OF_FIT = ("trainer", "evaluate", "save_every")
+AS_TRAINED = ("precision", "limit_val_batches")  # so that measuring gives the numbers of the training again
 
 
 class PEFTTrainer(Trainer):
@@ -160,7 +161,7 @@ class LitPEFTCLI(LightningCLI):
             fitting = request.verb == "fit"
             kept = {key: self.saved[key] for key in (*KEPT, *(OF_FIT if fitting else ())) if key in self.saved}
             if not fitting:
-                kept["trainer"] = {k: v for k, v in self.saved.get("trainer", {}).items() if k == "precision"}
+                kept["trainer"] = {k: v for k, v in self.saved.get("trainer", {}).items() if k in AS_TRAINED}
             arguments += ["--config", yaml.safe_dump(kept)]
         skip = False
         for i, argument in enumerate(request.arguments):
@@ -336,7 +337,9 @@ class LitPEFTCLI(LightningCLI):
         self._say(f"answers written to {self.run_dir / 'predictions.jsonl'}")
 
     def _say_source(self) -> None:
-        self._say(f"measured {self.request.ckpt_path or 'without a checkpoint'}")
+        limit = self.trainer.limit_val_batches if self.request.verb == "validate" else 1.0
+        part = "" if limit == 1.0 else f" with --trainer.limit_val_batches {limit}, so not on all rows"
+        self._say(f"measured {self.request.ckpt_path or 'without a checkpoint'}{part}")
 
     @rank_zero_only
     def _say(self, line: str) -> None:
