@@ -14,6 +14,7 @@ from rich.table import Table
 from lit_peft.adapter import disabled
 from lit_peft.callbacks import RunReport
 from lit_peft.data.instructions import Instructions
+from lit_peft.data.render import Renderer
 from lit_peft.tasks import answers
 from lit_peft.tasks.sft import SFT
 
@@ -48,6 +49,9 @@ def finish(cli: LitPEFTCLI) -> None:
 def _evaluate(cli: LitPEFTCLI, rows: int, console: Console, report: Callback | None) -> None:
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
     data.limit_test = rows
+    data.batch_size = max(
+        data.batch_size, 32
+    )  # no gradients are kept: larger batches fit and read the weights less often
     if trainer.is_global_zero:
         console.print(f"\nmeasuring base and tuned model on {rows} held-out rows ...")
     measured: dict[str, dict[str, float]] = {}
@@ -108,13 +112,22 @@ def _samples(model: SFT, data: Instructions) -> list[dict[str, str]]:
     tokenizer = model.tokenizer
     return [
         {
-            "question": answers.text(tokenizer, row.prompt)[-160:],
+            "question": _question(model, row.prompt),
             "base": before,
             "tuned": after,
             "right answer": answers.text(tokenizer, row.answer),
         }
         for row, before, after in zip(rows, base, tuned, strict=True)
     ]
+
+
+def _question(model: SFT, prompt: list[int]) -> str:
+    """Return the end of a prompt as text, without what the template adds to open the answer."""
+    asked = [{"role": "user", "content": "?"}]
+    renderer = Renderer(model.tokenizer)
+    cue = 0 if model.encoder_decoder else len(renderer.ids(asked, cue=True)) - len(renderer.ids(asked))
+    words = answers.text(model.tokenizer, prompt[: len(prompt) - cue]).split()
+    return " ".join(words) if len(words) <= 20 else f"... {' '.join(words[-20:])}"
 
 
 def _next_commands(cli: LitPEFTCLI, console: Console) -> None:
