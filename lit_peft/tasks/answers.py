@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -143,7 +144,8 @@ def choose(task: SFT, prompts: Sequence[Sequence[int]], choices: Sequence[Sequen
                 scores[:, i] = _log_probability(logits, labels)
             return scores.argmax(1).tolist()
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        first = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
+        last = {"logits_to_keep": 1} if keeps_logits(type(model)) else {}
+        first = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **last)
         cache = first.past_key_values
         for i, choice in enumerate(choices):
             labels = torch.tensor([list(choice)] * len(prompts), device=task.device)
@@ -164,3 +166,13 @@ def choose(task: SFT, prompts: Sequence[Sequence[int]], choices: Sequence[Sequen
 
 def _log_probability(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(2, labels[..., None]).squeeze(2).sum(1)
+
+
+_TAKES: dict[type, bool] = {}
+
+
+def keeps_logits(kind: type) -> bool:
+    """Return whether a model class can compute the logits of chosen positions only."""
+    if kind not in _TAKES:
+        _TAKES[kind] = "logits_to_keep" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    return _TAKES[kind]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ class SFT(Task):
             columns.numel() == 0
         ):  # nothing to learn here: one column keeps the graph, so that every process has gradients
             columns = columns.new_zeros(1)
-        if _takes_logits_to_keep(type(model)):
+        if answers.keeps_logits(type(model)):
             logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
         else:
             logits = model(**inputs, use_cache=False).logits[:, columns]
@@ -182,12 +181,3 @@ class SFT(Task):
         """
         prompt = answers.render(self, messages)
         return answers.generate(self, [prompt], max_new_tokens or self.max_new_tokens, streamer)[0]
-
-
-_TAKES: dict[type, bool] = {}
-
-
-def _takes_logits_to_keep(kind: type) -> bool:
-    if kind not in _TAKES:
-        _TAKES[kind] = "logits_to_keep" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
-    return _TAKES[kind]
