@@ -8,7 +8,7 @@ import sys
 import warnings
 from typing import Any
 
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 NOISE = (
     "litlogger",
@@ -43,6 +43,7 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", text)
     warnings.showwarning = _plainly
     disable_progress_bar()
+    set_verbosity_error()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
