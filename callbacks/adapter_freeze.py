@@ -48,7 +48,7 @@ class AdapterFreeze(AdapterCallback):
         """Set `requires_grad` on every parameter of the model."""
         model = module.model
         assert model is not None
-        own = {id(parameter) for _, adapter in named_adapters(model) for _, parameter in adapter.own_parameters()}
+        own = {id(parameter) for _, adapter in named_adapters(model) for _, parameter in adapter.trained_parameters()}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(id(parameter) in own or module.is_trainable(name, parameter))
         if self.thaw_epoch is None:

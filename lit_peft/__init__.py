@@ -11,11 +11,13 @@ __version__ = "0.1.0"
 # public name -> module that defines it
 _HOME = {
     "Adapter": "adapter",
-    "activate": "adapter",
-    "adapters": "adapter",
-    "add_adapter": "adapter",
-    "disabled": "adapter",
+    "activate": "named",
+    "adapters": "named",
+    "add_adapter": "named",
+    "disabled": "named",
     "place": "adapter",
+    "delete_adapter": "named",
+    "routed": "named",
     "LoRA": "methods.lora",
     "LoRAConfig": "methods.lora",
     "RsLoRA": "methods.lora",

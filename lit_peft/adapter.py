@@ -1,28 +1,33 @@
-"""Adapters, their names, and the one verb: `place`.
+"""Adapters and the one verb: `place`.
 
 An `Adapter` is a trainable module around one frozen `base` module. It can hold several sets of weights by name; which
-of them act is chosen by the *call*: `with adapters(model, "reward"):`, `with disabled(model):` (see `selection`).
+of them act is chosen by the *call* (see `named`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ClassVar
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from lit_peft.selection import Scope, acting, choose, originals_restored
+from lit_peft.selection import Rows, Scope, acting
 
-Where = Iterable[str] | Callable[[str, nn.Module], bool]
+Where = Iterable[str] | Mapping[str, Any] | Callable[[str, nn.Module], bool]
 
 
 class Adapter(nn.Module):
     """A trainable module around one frozen `base` module: the base class of every method's own module.
 
-    Subclasses implement `add` (make the parameters of one named set), `forward`, and `merge` where it exists. What they
-    do not define is looked up on the base, so that code which reads `layer.weight` or `layer.in_features` still works.
+    Subclasses implement `add` (make the parameters of one named set), `change` (what one set makes of the base's
+    output) or, where that is not enough, `forward`; and `merge` where it exists. What they do not define is looked up
+    on the base, so that code which reads `layer.weight` or `layer.in_features` still works.
+
+    Attributes:
+        base: the adapted module.
+        configs: the configuration of each named set.
+        frozen: beginnings of the names of own parameters that are saved but never trained.
 
     Args:
         base: the module to adapt; it stays frozen and is only ever called.
@@ -39,6 +44,7 @@ class Adapter(nn.Module):
     """
 
     is_adapter: ClassVar[bool] = True
+    frozen: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, base: nn.Module, config: Any, name: str = "default") -> None:
         super().__init__()
@@ -54,20 +60,72 @@ class Adapter(nn.Module):
             ValueError: if the name is taken.
         """
         if name in self.configs:
-            raise ValueError(
-                f"This model already has an adapter named {name!r}. Choose another name, or delete it first."
-            )
+            raise _taken(name)
         self.configs[name] = config
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call the base on x (batch, ..., in) and let every set that acts change its output (batch, ..., out)."""
+        y = self.base(x, *args, **kwargs)
+        for name, rows in self.shares(x):
+            if rows is None:
+                y = self.change(name, x, y)
+            else:
+                y = y.index_copy(0, rows, self.change(name, x[rows], y[rows]).to(y.dtype))
+        return y
+
+    def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """Return what one named set makes of the base's output y for the input x, without changing either.
+
+        Raises:
+            TypeError: if the method works in another way; then it overrides `forward`.
+        """
+        raise TypeError(f"{type(self).__name__} defines neither change nor forward.")
+
     def active(self) -> tuple[str, ...]:
-        """Return the names that act in this very call, in order."""
-        return tuple(name for name in acting(self.scope) if name in self.configs)
+        """Return the names that act in this very call on the whole batch, in order.
+
+        Raises:
+            TypeError: if names are routed row by row, which an adapter with a `forward` of its own reads from `shares`.
+        """
+        choice = acting(self.scope)
+        if isinstance(choice, Rows):
+            raise TypeError(f"{type(self).__name__} cannot be routed row by row. Use `adapters` for whole batches.")
+        return tuple(name for name in choice if name in self.configs)
+
+    def shares(self, x: Tensor) -> list[tuple[str, Tensor | None]]:
+        """Return the names that act in this very call, each with the rows of x it acts on; None for all rows."""
+        choice = acting(self.scope)
+        if not isinstance(choice, Rows):
+            return [(name, None) for name in choice if name in self.configs]
+        # With several processes every set takes part, if need be with no row: DDP waits for a gradient from each.
+        together = self.training and dist.is_available() and dist.is_initialized()
+        names = self.configs if together else [name for name in choice.names if name in self.configs]
+        return [(name, choice.of(name, x)) for name in names]
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the adapter's own parameters, not the base's, with names relative to this module."""
         for key, parameter in self.named_parameters():
             if not key.startswith("base."):
                 yield key, parameter
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the own parameters that training changes: all but the `frozen` ones."""
+        for key, parameter in self.own_parameters():
+            if not key.startswith(self.frozen):
+                yield key, parameter
+
+    def remove(self, name: str) -> None:
+        """Delete one named set.
+
+        Raises:
+            ValueError: if there is none of that name.
+        """
+        if name not in self.configs:
+            raise ValueError(f"No adapter is named {name!r}. This layer has {sorted(self.configs)}.")
+        del self.configs[name]
+        for module in self._modules.values():
+            if isinstance(module, nn.ParameterDict) and name in module:
+                del module[name]
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return one named set as `{file key: tensor}`, in the layout of HF PEFT where PEFT has the method."""
@@ -116,26 +174,6 @@ def innermost(module: nn.Module) -> nn.Module:
     return module
 
 
-def add_adapter(model: nn.Module, name: str, config: Any = None) -> None:
-    """Give every adapter of a model another named set of weights, at its starting values.
-
-    Args:
-        model: the adapted model.
-        name: the new name; it acts when chosen with `adapters` or `activate`.
-        config: the new set's configuration, for the adapters of its method; None: that of each adapter's first set.
-
-    Raises:
-        ValueError: if the name is taken or no adapter takes this kind of configuration.
-    """
-    found = [adapter for _, adapter in named_adapters(model)]
-    if config is not None:
-        found = [adapter for adapter in found if type(next(iter(adapter.configs.values()))) is type(config)]
-    if not found:
-        raise ValueError(f"No adapter of this model takes a {type(config).__name__}. Place one first.")
-    for adapter in found:
-        adapter.add(name, config if config is not None else next(iter(adapter.configs.values())))
-
-
 def named_adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
     """Yield every adapter in the model with its path, outer ones before inner ones."""
     for path, module in model.named_modules():
@@ -148,7 +186,7 @@ def adapter_names(model: nn.Module) -> list[str]:
     return sorted({name for _, adapter in named_adapters(model) for name in adapter.configs})
 
 
-def place(model: nn.Module, where: Where, make: Callable[[nn.Module], Adapter]) -> list[str]:
+def place(model: nn.Module, where: Where, make: Callable[..., Adapter]) -> list[str]:
     """Swap every matching module of a model for an adapter around it.
 
     Works on any `nn.Module`, with or without a Trainer. A module that sits at several paths (a tied embedding) gets one
@@ -156,8 +194,9 @@ def place(model: nn.Module, where: Where, make: Callable[[nn.Module], Adapter]) 
 
     Args:
         model: the model to change, in place.
-        where: module paths, or a predicate over (path, module).
-        make: builds the adapter around one module, such as `lambda base: LoRALinear(base, LoRAConfig())`.
+        where: module paths, or a predicate over (path, module), or `{path: config}`.
+        make: builds the adapter around one module, such as `lambda base: LoRALinear(base, LoRAConfig())`; with
+            `{path: config}` it is called with the base and the config.
 
     Returns:
         The paths that were adapted.
@@ -189,17 +228,58 @@ def place(model: nn.Module, where: Where, make: Callable[[nn.Module], Adapter]) 
         base = modules[path]
         adapter = made.get(id(base))
         if adapter is None:
-            adapter = made[id(base)] = make(base)
+            adapter = make(base, where[path]) if isinstance(where, Mapping) else make(base)
+            made[id(base)] = adapter
             adapter.scope = scope
             adapter.train(base.training)
-        # The parent is looked up afresh: an adapter placed a moment ago may have become the parent.
-        model.set_submodule(path, adapter)
+            # The parent is looked up afresh: an adapter placed a moment ago may have become the parent.
+            for alias in [alias for alias, module in modules.items() if module is base]:
+                model.set_submodule(alias, adapter)
     return paths
+
+
+def join(
+    model: nn.Module, where: Mapping[str, Any], kind: Callable[[nn.Module], type[Adapter]], name: str = "default"
+) -> list[str]:
+    """Give the modules at some paths one more named set each, in an adapter that stands there or in a new one.
+
+    Args:
+        model: the model to change, in place.
+        where: `{path: config}`.
+        kind: tells the adapter's class from the innermost module at a path.
+        name: the set's name.
+
+    Returns:
+        The paths.
+
+    Raises:
+        ValueError: if the name is taken at one of them, or a path does not exist. Nothing is changed then.
+    """
+    standing: dict[str, Adapter] = {}
+    for path in where:
+        module = model.get_submodule(path)
+        wanted = kind(innermost(module))
+        while isinstance(module, Adapter):
+            if type(module) is wanted:
+                standing[path] = module
+                if name in module.configs:
+                    raise _taken(name)
+            module = module.base
+    fresh = {path: config for path, config in where.items() if path not in standing}
+    if fresh:
+        place(model, fresh, lambda base, config: kind(innermost(base))(base, config, name))
+    for path, adapter in standing.items():
+        adapter.add(name, where[path])
+    return list(where)
+
+
+def _taken(name: str) -> ValueError:
+    return ValueError(f"This model already has an adapter named {name!r}. Choose another name, or delete it first.")
 
 
 def scope_of(model: nn.Module) -> Scope:
     """Return the model's scope, making one if it has none."""
-    found = _scopes(model)
+    found = scopes_of(model)
     if found:
         return found[0]
     # In __dict__, not by setattr: it is no module and no parameter, and deepcopy keeps it shared with the adapters.
@@ -207,7 +287,8 @@ def scope_of(model: nn.Module) -> Scope:
     return scope
 
 
-def _scopes(model: nn.Module) -> list[Scope]:
+def scopes_of(model: nn.Module) -> list[Scope]:
+    """Return the scopes of all adapted models in a module: one, as a rule."""
     found: dict[Scope, None] = {}
     for module in model.modules():
         if isinstance(module, Adapter):
@@ -215,73 +296,6 @@ def _scopes(model: nn.Module) -> list[Scope]:
         elif "_adapter_scope" in module.__dict__:
             found[module.__dict__["_adapter_scope"]] = None
     return list(found)
-
-
-def adapters(model: nn.Module, *names: str) -> AbstractContextManager[None]:
-    """Choose which named adapters act in the calls made inside the `with` block.
-
-    Args:
-        model: the adapted model, or a LightningModule that holds it.
-        *names: one or several names; they act together, in this order.
-
-    Raises:
-        ValueError: if a name is unknown.
-
-    Example:
-        >>> from lit_peft import adapters
-        >>> # with adapters(model, "reward"):
-        >>> #     scores = model(**batch)
-    """
-    known = adapter_names(model)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"No adapter is named {unknown[0]!r}. This model has {known}.")
-    return choose(dict.fromkeys(_scopes(model), names))
-
-
-def activate(model: nn.Module, *names: str) -> None:
-    """Choose which named adapters act by default, until chosen otherwise.
-
-    Raises:
-        ValueError: if a name is unknown.
-    """
-    with adapters(model, *names):  # validates
-        for scope in _scopes(model):
-            scope.active = names
-    for scope in _scopes(model):
-        scope.current = names
-
-
-@contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Run the untouched base model inside the `with` block.
-
-    Exact for adapters: they step aside. Methods that train existing weights in place (`Freeze`, `Full` with
-    `keep_base`) have the original values put back for the duration, with gradients off: a value swapped in for a moment
-    cannot be what a later backward pass sees.
-
-    Args:
-        model: the adapted model, or a LightningModule that holds it.
-
-    Raises:
-        TypeError: if weights were trained in place and no copy of the base was kept.
-
-    Example:
-        >>> from lit_peft import disabled
-        >>> # with disabled(model):
-        >>> #     reference = model(**batch).logits
-    """
-    scopes = _scopes(model)
-    reasons = [scope.irreversible for scope in scopes if scope.irreversible]
-    if reasons:
-        raise TypeError(reasons[0])
-    with ExitStack() as stack:
-        stack.enter_context(choose(dict.fromkeys(scopes, ())))
-        for scope in scopes:
-            if scope.originals:
-                stack.enter_context(torch.no_grad())
-                stack.enter_context(originals_restored(scope))
-        yield
 
 
 def remember(model: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:

@@ -7,7 +7,7 @@ from inspect import Parameter, signature
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 
 class AdaptableModule(LightningModule):
@@ -17,9 +17,12 @@ class AdaptableModule(LightningModule):
 
     Attributes:
         model: the model that the task builds in `configure_model`; None before.
+        counted: how many tokens or rows the last training loss was summed over; None where it is a mean. A method that
+            adds a penalty to the loss multiplies it by this.
     """
 
     model: nn.Module | None
+    counted: Tensor | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         follower = self._follower()
@@ -49,6 +52,10 @@ class AdaptableModule(LightningModule):
     def learning_rate(self, name: str, parameter: nn.Parameter) -> float | None:
         """Return the learning rate that the owner of this parameter prefers, None if it has no preference."""
         return None
+
+    def adjusted_learning_rate(self, name: str, parameter: nn.Parameter, lr: float) -> float:
+        """Return the learning rate of one parameter where that of its group would be `lr` (LoRA+ raises that of B)."""
+        return lr
 
     def preferred_dtype(self) -> str:
         """Return the dtype to load the backbone in when the user names none: `auto` keeps the stored one."""

@@ -8,13 +8,57 @@ and restored for its replay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+class Rows:
+    """A choice for each row of a batch: which set of weights acts on it.
+
+    Args:
+        names: one entry a row: a name, several that act together, or None for the base alone.
+
+    Attributes:
+        count: number of rows.
+    """
+
+    def __init__(self, names: Sequence[str | Sequence[str] | None]) -> None:
+        found: dict[str, list[int]] = {}
+        for row, entry in enumerate(names):
+            for name in () if entry is None else (entry,) if isinstance(entry, str) else entry:
+                found.setdefault(name, []).append(row)
+        self.count = len(names)
+        self._rows = {name: torch.tensor(rows) for name, rows in found.items()}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that some row asks for."""
+        return tuple(self._rows)
+
+    def of(self, name: str, x: Tensor) -> Tensor:
+        """Return the indices into the first dimension of x (rows, ..., width) that a name acts on; may be empty.
+
+        A generator's beams repeat each row: then the first dimension is a multiple of the number of rows.
+
+        Raises:
+            ValueError: if x does not have as many rows as names were given.
+        """
+        beams, rest = divmod(x.shape[0], self.count)
+        if rest or not beams or (beams > 1 and x.ndim < 3):
+            raise ValueError(
+                f"Names are routed to {self.count} rows, but a layer was called with {x.shape[0]}. Give one name for "
+                "each row of the batch; layers that see single tokens (experts) cannot be routed."
+            )
+        rows = self._rows.get(name, torch.empty(0, dtype=torch.long)).to(x.device)
+        return rows if beams == 1 else (rows[:, None] * beams + torch.arange(beams, device=x.device)).flatten()
+
+
+Choice = tuple[str, ...] | Rows
 
 
 class Scope:
@@ -30,29 +74,29 @@ class Scope:
 
     def __init__(self) -> None:
         self.active: tuple[str, ...] = ("default",)
-        self.current: tuple[str, ...] = ("default",)
+        self.current: Choice = ("default",)
         self.originals: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self.irreversible = ""
 
 
-_SELECTED: ContextVar[Mapping[Scope, tuple[str, ...]] | None] = ContextVar("lit_peft_selected", default=None)
+_SELECTED: ContextVar[Mapping[Scope, Choice] | None] = ContextVar("lit_peft_selected", default=None)
 
 
-def acting(scope: Scope) -> tuple[str, ...]:
-    """Return the names that act in this very call."""
+def acting(scope: Scope) -> Choice:
+    """Return the names that act in this very call, on the whole batch or row by row."""
     if torch.compiler.is_compiling():
         return scope.current
     selected = _SELECTED.get()
     return scope.active if selected is None else selected.get(scope, scope.active)
 
 
-def choose(choice: Mapping[Scope, tuple[str, ...]]) -> AbstractContextManager[None]:
+def choose(choice: Mapping[Scope, Choice]) -> AbstractContextManager[None]:
     """Choose names for some scopes inside the `with` block; others keep theirs."""
     return _select({**(_SELECTED.get() or {}), **choice})
 
 
 @contextmanager
-def _select(selection: Mapping[Scope, tuple[str, ...]]) -> Iterator[None]:
+def _select(selection: Mapping[Scope, Choice]) -> Iterator[None]:
     previous = _SELECTED.get() or {}
     token = _SELECTED.set(selection)
     mirrored = {scope: scope.current for scope in {**previous, **selection}}

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from lit_peft import place
-from lit_peft.adapter import disabled, merge, named_adapters
+from lit_peft.adapter import merge, named_adapters
 from lit_peft.catalogue import METHODS
+from lit_peft.named import disabled
 from lit_peft.sites import linears, widths
 from tests import test_methods as contract
 from tests.models import save_tiny, tiny

@@ -20,6 +20,8 @@ PYTHON_FILES = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 ROOMS = {
     "selection": "",
     "adapter": "selection",
+    "named": "selection adapter",
+    "weights": "",
     "structure": "",
     "backbone": "",
     "catalogue": "",
@@ -33,14 +35,15 @@ ROOMS = {
     "sites": "structure",
     "module": "adapter",
     "hub": "adapter sites structure targets backbone",
-    "merging": "adapter hub backbone",
-    "callbacks": "adapter module hub merging backbone faults",
-    "mixin": "selection adapter module sites structure hub callbacks",
-    "methods": "adapter sites structure targets mixin module ops",
+    "merging": "adapter weights hub backbone",
+    "callbacks": "adapter named weights module hub merging backbone faults",
+    "mixin": "selection adapter named module sites structure hub callbacks",
+    "low_rank": "adapter structure weights ops",
+    "methods": "adapter named sites structure targets weights low_rank mixin module callbacks ops",
     "tasks": "adapter module data backbone sites structure",
     "zoo": "methods tasks catalogue module",
     "saved": "hub catalogue",
-    "restore": "adapter zoo saved hub backbone merging module catalogue",
+    "restore": "adapter named zoo saved hub backbone merging module catalogue",
 }
 ROOMS["verbs"] = " ".join(ROOMS)
 ROOMS["cli"] = ROOMS["__main__"] = " ".join([*ROOMS, "cli"])

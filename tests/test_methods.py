@@ -15,8 +15,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lit_peft.adapter import disabled, innermost, named_adapters
+from lit_peft.adapter import innermost, named_adapters
 from lit_peft.mixin import PEFT
+from lit_peft.named import disabled
 from lit_peft.sites import linears, stacks, widths
 from lit_peft.zoo import compose
 from tests.models import IM_END, VOCAB, save_tiny

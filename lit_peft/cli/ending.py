@@ -11,10 +11,10 @@ from lightning.pytorch import Callback
 from rich.console import Console
 from rich.table import Table
 
-from lit_peft.adapter import disabled
 from lit_peft.callbacks import RunReport
 from lit_peft.data.instructions import Instructions
 from lit_peft.data.render import Renderer
+from lit_peft.named import disabled
 from lit_peft.tasks import answers
 from lit_peft.tasks.sft import SFT
 

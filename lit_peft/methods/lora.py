@@ -9,18 +9,18 @@ A starts Kaiming-uniform, B at zero: the adapted model starts as the base model,
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_peft.adapter import Adapter, innermost, named_adapters, place
+from lit_peft.adapter import Adapter, innermost, join, named_adapters
+from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.mixin import PEFT
-from lit_peft.sites import match, widths
+from lit_peft.sites import match
 from lit_peft.targets import KEYS, stored_targets
 
 # PEFT's settings that leave plain LoRA's formula as it is, or are read below; any other must be off.
@@ -45,7 +45,19 @@ class LoRAConfig:
         target_modules: which linear layers: `all-linear`, a role (`attention`, `feed-forward`), a list of endings of
             module paths, or one regular expression over whole paths.
         exclude_modules: layers to leave out, written like target_modules; wins over it.
+        layers_to_transform: only these transformer layers, by number; None: all.
+        rank_pattern: ranks of single layers, by a regular expression for the end of the path: `{"q_proj": 16}`.
+        alpha_pattern: alphas of single layers, written like rank_pattern.
+        modules_to_save: modules that are trained whole and saved with the adapter, by the end of their path.
+        bias: which biases of the base are trained too: `none`, `all`, or `lora_only` for those of adapted layers.
         use_rslora: scale by alpha / sqrt(r) instead.
+        use_dora: train a magnitude for each output, and the low rank for the direction only (DoRA).
+        init_lora_weights: how A and B start: `default` (Kaiming-uniform A, zero B), `gaussian`, `orthogonal`, or from
+            the base's weight (`pissa`, `olora`), or from its inputs (`eva`).
+        enable_lora: for fused query-key-value layers: which of the three get an update of their own; None: one update
+            for the whole layer.
+        loraplus_lr_ratio: learning rate of B over that of A (LoRA+).
+        loraplus_lr_embedding: learning rate of adapted embeddings under LoRA+.
 
     Raises:
         ValueError: if a value is out of range.
@@ -56,7 +68,17 @@ class LoRAConfig:
     dropout: float = 0.0
     target_modules: list[str] | str = "all-linear"
     exclude_modules: list[str] | str | None = None
+    layers_to_transform: int | list[int] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
+    use_dora: bool = False
+    init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "default"
+    enable_lora: list[bool] | None = None
+    loraplus_lr_ratio: float = 1.0
+    loraplus_lr_embedding: float = 1e-6
 
     default_lr: ClassVar[float] = 2e-4
 
@@ -74,6 +96,11 @@ class LoRAConfig:
     def scale(self) -> float:
         """The factor s in front of B A."""
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def at(self, path: str) -> LoRAConfig:
+        """Return the settings of one layer: rank and alpha as the patterns say."""
+        r, alpha = _find(self.rank_pattern, path, self.r), _find(self.alpha_pattern, path, self.alpha)
+        return self if (r, alpha) == (self.r, self.alpha) else replace(self, r=r, alpha=alpha)
 
     def to_peft(self) -> dict[str, Any]:
         """Return the settings under HF PEFT's names."""
@@ -114,70 +141,13 @@ class LoRAConfig:
         )
 
 
-class LoRALinear(Adapter):
-    """Adds s B A dropout(x) to a linear layer's output.
+def _find(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)), default)
 
-    `base` is an `nn.Linear`, a quantised linear, or GPT-2's `Conv1D` (which stores W transposed). Inputs are
-    (..., in), outputs (..., out). Parameters are float32 whatever the base is, and are cast to the input's dtype for
-    the product, so that no float32 copy of the activations is kept.
 
-    Example:
-        >>> import torch
-        >>> layer = LoRALinear(torch.nn.Linear(8, 4), LoRAConfig(r=2))
-        >>> sum(p.numel() for _, p in layer.own_parameters())
-        24
-    """
-
-    peft_type: ClassVar[str] = "LORA"
-
-    def add(self, name: str, config: LoRAConfig) -> None:
-        """Make A (r, in) and B (out, r) of another named set."""
-        super().add(name, config)
-        if "lora_a" not in self._modules:
-            self.lora_a = nn.ParameterDict()
-            self.lora_b = nn.ParameterDict()
-        wide, tall = widths(innermost(self.base))
-        device = next(self.base.parameters()).device
-        a = torch.empty(config.r, wide, device=device, dtype=torch.float32)
-        if device.type != "meta":
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        self.lora_a[name] = nn.Parameter(a)
-        self.lora_b[name] = nn.Parameter(torch.zeros(tall, config.r, device=device, dtype=torch.float32))
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map (..., in) to (..., out)."""
-        y: Tensor = self.base(x, *args, **kwargs)
-        for name in self.active():
-            config: LoRAConfig = self.configs[name]
-            a, b = self.lora_a[name], self.lora_b[name]
-            h: Tensor = F.dropout(x, config.dropout, self.training) if config.dropout else x
-            h = F.linear(h, a.to(h.dtype))
-            # addmm adds B h to y in one pass, with no temporary of the output's size
-            rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype)
-            y = torch.addmm(rows, h, b.t().to(y.dtype), alpha=config.scale).view(y.shape)
-        return y
-
-    def delta(self, name: str) -> Tensor:
-        """Return s B A, (out, in), in float32."""
-        delta: Tensor = self.configs[name].scale * (self.lora_b[name].float() @ self.lora_a[name].float())
-        return delta
-
-    def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
-        """Fold s B A into W: added in float32, rounded once to the base's dtype."""
-        weight = self.base.get_parameter("weight")
-        transposed = isinstance(self.base, Conv1D)
-        if not isinstance(self.base, (nn.Linear, Conv1D)) or not weight.is_floating_point():
-            kind = type(self.base).__name__
-            raise TypeError(f"Cannot merge into a {kind} layer. Load the base unquantised to merge.")
-        with torch.no_grad():
-            for name in self.active() if names is None else names:
-                delta = self.delta(name).to(weight.device)
-                weight.data = (weight.float() + (delta.t() if transposed else delta)).to(weight.dtype)
-        return self.base
-
-    def tensors(self, name: str = "default") -> dict[str, Tensor]:
-        """Return A and B under HF PEFT's names."""
-        return {"lora_A.weight": self.lora_a[name].detach(), "lora_B.weight": self.lora_b[name].detach()}
+def layer_class(config: LoRAConfig, module: nn.Module) -> type[Adapter]:
+    """Return the class of adapter for one module."""
+    return LoRALinear
 
 
 class LoRA(PEFT):
@@ -203,7 +173,7 @@ class LoRA(PEFT):
         super().place_adapters()
         assert self.model is not None
         paths = match(self.model, self.lora.target_modules, exclude_modules=self.lora.exclude_modules)
-        place(self.model, paths, lambda base: LoRALinear(base, self.lora))
+        join(self.model, {path: self.lora.at(path) for path in paths}, lambda base: layer_class(self.lora, base))
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take rank, scale and targets from an adapter folder.

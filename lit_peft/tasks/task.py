@@ -171,7 +171,7 @@ class Task(AdaptableModule):
             else:
                 own = self.learning_rate(name, parameter) or FALLBACK_LR
                 preferred.add(own)
-                lr = own if self.lr is None else self.lr
+                lr = self.adjusted_learning_rate(name, parameter, own if self.lr is None else self.lr)
             decay = self.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((lr, decay, later), []).append(parameter)
         if not groups:
@@ -248,6 +248,7 @@ class Task(AdaptableModule):
         """
         part = torch.stack([loss.detach().double(), count.to(loss.device).double()])
         self._window = part if self._window is None else self._window + part
+        self.counted = part[1]
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import TextStreamer
 
-from lit_peft.adapter import disabled
 from lit_peft.mixin import PEFT
+from lit_peft.named import disabled
 from lit_peft.quiet import quiet
 from lit_peft.restore import load
 from lit_peft.tasks import answers

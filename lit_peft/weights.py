@@ -1,0 +1,50 @@
+"""The weight of a linear layer as a matrix (out, in), whatever layer holds it; and folding a change into it.
+
+`nn.Linear` stores W as (out, in), GPT-2's `Conv1D` as (in, out); a quantised layer stores neither, and says so by a
+method `dequantised()` that returns W. Methods that need W itself (DoRA, PiSSA, merging) come here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def dense(layer: nn.Module) -> Tensor:
+    """Return the weight of a linear layer as (out, in), detached, in its own dtype, gathered where it is sharded.
+
+    Raises:
+        TypeError: if the layer has no such weight.
+    """
+    dequantised = getattr(layer, "dequantised", None)
+    if dequantised is not None:
+        weight: Tensor = dequantised()
+        return weight.detach()
+    stored: Any = layer.get_parameter("weight").detach()
+    if not isinstance(layer, (nn.Linear, Conv1D)) or not stored.is_floating_point():
+        raise TypeError(f"A {type(layer).__name__} layer has no weight matrix that could be read.")
+    if hasattr(stored, "full_tensor"):
+        stored = stored.full_tensor()
+    whole: Tensor = stored
+    return whole.t() if isinstance(layer, Conv1D) else whole
+
+
+def fold(layer: nn.Module, delta: Tensor) -> None:
+    """Add delta (out, in) to the weight of a linear layer: in float32, rounded once to the layer's dtype.
+
+    The weight becomes a new parameter, so that what was tied to the old one (an output embedding) keeps its values.
+
+    Raises:
+        TypeError: if the layer is quantised, or no linear layer.
+    """
+    weight = layer.get_parameter("weight")
+    if not isinstance(layer, (nn.Linear, Conv1D)) or not weight.is_floating_point():
+        kind = type(layer).__name__
+        raise TypeError(f"Cannot merge into a {kind} layer. Load the base unquantised to merge.")
+    change = delta.t() if isinstance(layer, Conv1D) else delta
+    with torch.no_grad():
+        new = (weight.float() + change.to(weight.device).float()).to(weight.dtype)
+    layer.weight = nn.Parameter(new, requires_grad=weight.requires_grad)
