@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,7 +23,9 @@ from transformers.activations import ACT2FN
 from lit_peft.adapter import Adapter, innermost, join
 from lit_peft.mixin import PEFT
 from lit_peft.sites import geometry
-from lit_peft.sublayers import Place, after, beside, on_residual
+from lit_peft.sublayers import after, beside, is_norm, on_sum
+
+HOULSBY_STD = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class BottleneckConfig:
             from a normal distribution of width 1e-3, cut at two widths.
         leave_out: numbers of the layers without adapters; AdapterDrop (https://arxiv.org/abs/2010.11918) leaves out the
             first ones.
+        hidden_size: width d of the residual stream; None: the model's.
 
     Raises:
         ValueError: if a value is out of range.
@@ -52,6 +55,7 @@ class BottleneckConfig:
     dropout: float = 0.0
     init: Literal["zero", "houlsby"] = "zero"
     leave_out: list[int] | None = None
+    hidden_size: int | None = None
 
     default_lr: ClassVar[float] = 3e-4
 
@@ -66,6 +70,11 @@ class BottleneckConfig:
             raise ValueError(f"bottleneck.activation {self.activation!r} is unknown. Use relu, gelu, silu, tanh, ...")
         if not math.isfinite(self.scale) or self.scale == 0:
             raise ValueError(f"bottleneck.scale is {self.scale}; it must be a number other than 0.")
+
+    def sized(self, hidden: int) -> BottleneckConfig:
+        """Return the settings with the model's width filled in."""
+        size = self.hidden_size or hidden
+        return replace(self, hidden_size=size, bottleneck_size=self.width(size))
 
     def width(self, hidden: int) -> int:
         """Return m for a model of this hidden size.
@@ -82,3 +91,142 @@ class BottleneckConfig:
                 "Choose another, or set bottleneck_size."
             )
         return int(m)
+
+
+class Bottleneck(Adapter):
+    """A bottleneck f(h) = s U act(D dropout(h) + b_d) + s b_u behind a module: y -> y + f(y).
+
+    The module's output, or the first of its outputs, is (batch, ..., d). Several sets that act together add up.
+
+    Example:
+        >>> import torch
+        >>> layer = Bottleneck(torch.nn.Linear(8, 8), BottleneckConfig(bottleneck_size=2, hidden_size=8))
+        >>> sum(p.numel() for _, p in layer.own_parameters())
+        42
+    """
+
+    peft_type: ClassVar[str] = "LIT_BOTTLENECK"
+
+    def add(self, name: str, config: BottleneckConfig) -> None:
+        """Make D (m, d), U (d, m) and their biases of another named set."""
+        super().add(name, config)
+        if "bottleneck_down" not in self._modules:
+            self.bottleneck_down = nn.ParameterDict()
+            self.bottleneck_down_bias = nn.ParameterDict()
+            self.bottleneck_up = nn.ParameterDict()
+            self.bottleneck_up_bias = nn.ParameterDict()
+        assert config.hidden_size is not None, "resolve the configuration with `sized` first"
+        d, m = config.hidden_size, config.width(config.hidden_size)
+        device = next(innermost(self.base).parameters()).device
+        down, up = torch.zeros(m, d, device=device), torch.zeros(d, m, device=device)
+        if device.type != "meta":
+            if config.init == "zero":
+                nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+            else:
+                nn.init.trunc_normal_(down, std=HOULSBY_STD, a=-2 * HOULSBY_STD, b=2 * HOULSBY_STD)
+                nn.init.trunc_normal_(up, std=HOULSBY_STD, a=-2 * HOULSBY_STD, b=2 * HOULSBY_STD)
+        self.bottleneck_down[name] = nn.Parameter(down)
+        self.bottleneck_down_bias[name] = nn.Parameter(torch.zeros(m, device=device))
+        self.bottleneck_up[name] = nn.Parameter(up)
+        self.bottleneck_up_bias[name] = nn.Parameter(torch.zeros(d, device=device))
+
+    def branch(self, name: str, h: Tensor) -> Tensor:
+        """Return f(h), (..., d) -> (..., d), of one named set."""
+        config: BottleneckConfig = self.configs[name]
+        if config.dropout:
+            h = F.dropout(h, config.dropout, self.training)
+        dtype = h.dtype
+        inner = F.linear(h, self.bottleneck_down[name].to(dtype), self.bottleneck_down_bias[name].to(dtype))
+        inner = ACT2FN[config.activation](inner)
+        out = F.linear(inner, self.bottleneck_up[name].to(dtype), self.bottleneck_up_bias[name].to(dtype))
+        return out if config.scale == 1 else out * config.scale
+
+    def plus(self, y: Tensor, h: Tensor) -> Tensor:
+        """Return y plus f(h) of every set that acts, each on its rows."""
+        for name, rows in self.shares(h):
+            if rows is None:
+                y = y + self.branch(name, h)
+            else:
+                y = y.index_add(0, rows, self.branch(name, h[rows]).to(y.dtype))
+        return y
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base and add f of its (first) output to it."""
+        out = self.base(*args, **kwargs)
+        y = first(out)
+        return with_first(out, self.plus(y, y))
+
+
+class BottleneckInNorm(Bottleneck):
+    """A bottleneck on the sum in front of a norm: LN(v) -> LN(v + f(LN(v))), as Pfeiffer has it for post-LN models."""
+
+    def forward(self, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Normalise v, and v + f(LN(v))."""
+        z = self.base(v, *args, **kwargs)
+        total = self.plus(v, z)
+        return z if total is v else self.base(total, *args, **kwargs)
+
+
+class BottleneckBeside(Bottleneck):
+    """A bottleneck beside a module: y -> y + f(x), x being the module's input."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base and add f of its input to its (first) output."""
+        x = args[0] if args else kwargs["hidden_states"]
+        out = self.base(*args, **kwargs)
+        return with_first(out, self.plus(first(out), x))
+
+
+class BottleneckBesideNorm(Bottleneck):
+    """A bottleneck beside BERT's feed-forward: LN(h + x) -> LN(h + x + f(x)), around the module that adds them."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Any:
+        """Hand x + f(x) to the base in the place of x."""
+        return self.base(hidden_states, self.plus(input_tensor, input_tensor))
+
+
+def first(out: Any) -> Tensor:
+    """Return a module's output, or the first of its outputs."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+def with_first(out: Any, y: Tensor) -> Any:
+    """Return a module's output with the first one exchanged."""
+    return (y, *out[1:]) if isinstance(out, tuple) else y
+
+
+class Bottlenecks(PEFT):
+    """What the bottleneck methods share; they differ in `preset` and in `sites`.
+
+    Args:
+        bottleneck: size, activation, scale and start.
+    """
+
+    preset: ClassVar[dict[str, Any]] = {}  # this method's defaults, where the user sets nothing else
+
+    def __init__(self, *args: Any, bottleneck: BottleneckConfig = BottleneckConfig(), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bottleneck = self.configured(BottleneckConfig, "bottleneck", bottleneck)
+
+    def sites(self) -> dict[str, int]:
+        """Return the paths to adapt, with their layers' numbers."""
+        raise TypeError(f"{type(self).__name__} does not say where its adapters go. Use Houlsby, Pfeiffer or parallel.")
+
+    def kind(self, module: nn.Module) -> type[Adapter]:
+        """Return the adapter's class for one module."""
+        return Bottleneck
+
+    def place_adapters(self) -> None:
+        """Put a bottleneck at every site."""
+        super().place_adapters()
+        assert self.model is not None
+        config = self.bottleneck.sized(geometry(self.model).hidden)
+        left_out = set(config.leave_out or ())
+        sites = self.sites()
+        unknown = sorted(left_out - set(sites.values()))
+        if unknown:
+            raise ValueError(f"bottleneck.leave_out names layer {unknown[0]}; layers are 0 to {max(sites.values())}.")
+        paths = [path for path, number in sites.items() if number not in left_out]
+        if not paths:
+            raise ValueError("bottleneck.leave_out leaves no layer to adapt.")
+        join(self.model, dict.fromkeys(paths, config), self.kind)
