@@ -23,7 +23,6 @@ from transformers.activations import ACT2FN
 from lit_peft.adapter import Adapter, innermost, join
 from lit_peft.mixin import PEFT
 from lit_peft.sites import geometry
-from lit_peft.sublayers import after, beside, is_norm, on_sum
 
 HOULSBY_STD = 1e-3
 
@@ -43,6 +42,7 @@ class BottleneckConfig:
         leave_out: numbers of the layers without adapters; AdapterDrop (https://arxiv.org/abs/2010.11918) leaves out the
             first ones.
         hidden_size: width d of the residual stream; None: the model's.
+        peft_type: set by the method: what its folders are called.
 
     Raises:
         ValueError: if a value is out of range.
@@ -56,6 +56,7 @@ class BottleneckConfig:
     init: Literal["zero", "houlsby"] = "zero"
     leave_out: list[int] | None = None
     hidden_size: int | None = None
+    peft_type: str = "LIT_BOTTLENECK"
 
     default_lr: ClassVar[float] = 3e-4
 
@@ -105,7 +106,10 @@ class Bottleneck(Adapter):
         42
     """
 
-    peft_type: ClassVar[str] = "LIT_BOTTLENECK"
+    @property
+    def peft_type(self) -> str:
+        """The kind of folder that holds this adapter: each bottleneck method has its own."""
+        return str(next(iter(self.configs.values())).peft_type)
 
     def add(self, name: str, config: BottleneckConfig) -> None:
         """Make D (m, d), U (d, m) and their biases of another named set."""
@@ -196,21 +200,16 @@ def with_first(out: Any, y: Tensor) -> Any:
 
 
 class Bottlenecks(PEFT):
-    """What the bottleneck methods share; they differ in `preset` and in `sites`.
+    """What the bottleneck methods share: one keyword, `bottleneck`; they differ in defaults and in `sites`."""
 
-    Args:
-        bottleneck: size, activation, scale and start.
-    """
-
-    preset: ClassVar[dict[str, Any]] = {}  # this method's defaults, where the user sets nothing else
-
-    def __init__(self, *args: Any, bottleneck: BottleneckConfig = BottleneckConfig(), **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.bottleneck = self.configured(BottleneckConfig, "bottleneck", bottleneck)
+    bottleneck: BottleneckConfig
+    peft_type: ClassVar[str]
 
     def sites(self) -> dict[str, int]:
         """Return the paths to adapt, with their layers' numbers."""
-        raise TypeError(f"{type(self).__name__} does not say where its adapters go. Use Houlsby, Pfeiffer or parallel.")
+        raise TypeError(
+            f"{type(self).__name__} does not say where adapters go. Use Houlsby, Pfeiffer, ParallelAdapter."
+        )
 
     def kind(self, module: nn.Module) -> type[Adapter]:
         """Return the adapter's class for one module."""
@@ -220,7 +219,7 @@ class Bottlenecks(PEFT):
         """Put a bottleneck at every site."""
         super().place_adapters()
         assert self.model is not None
-        config = self.bottleneck.sized(geometry(self.model).hidden)
+        config = replace(self.bottleneck.sized(geometry(self.model).hidden), peft_type=self.peft_type)
         left_out = set(config.leave_out or ())
         sites = self.sites()
         unknown = sorted(left_out - set(sites.values()))
@@ -230,3 +229,16 @@ class Bottlenecks(PEFT):
         if not paths:
             raise ValueError("bottleneck.leave_out leaves no layer to adapt.")
         join(self.model, dict.fromkeys(paths, config), self.kind)
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Take the settings from an adapter folder."""
+        super().adopt(config)
+        if config.get("peft_type") == self.peft_type:
+            kind = type(self.bottleneck)
+            known = {field.name for field in fields(kind)} - {"peft_type"}
+            stored = {key: value for key, value in config.items() if key in known}
+            self.bottleneck = self.configured(kind, "bottleneck", kind(**stored))
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Return the settings for `adapter_config.json`."""
+        return [*super().parts(), {**asdict(self.bottleneck), "peft_type": self.peft_type}]
