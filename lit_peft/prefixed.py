@@ -1,0 +1,137 @@
+"""Attention over a prefix: extra keys and values in front of a layer's own, handed in as a keyword argument.
+
+transformers' models pass unknown keyword arguments down to the function that computes attention, and let that function
+be chosen by name. So a prefix is one more argument of the call: nothing is remembered by a module, nothing pretends to
+be a cache, and gradient checkpointing, padding, grouped heads and generation work as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+INDEX = "prefix_index"  # in an attention module's __dict__: which of the prefix's keys and values are its own
+KEYWORD = "attention_prefix"
+NAMES = {"sdpa": "lit_prefix_sdpa", "eager": "lit_prefix_eager"}
+
+
+@dataclass(eq=False)
+class Prefix:
+    """Keys and values in front of the text, for every attention module.
+
+    Attributes:
+        keys: one (batch or 1, kv_heads, p, head_dim) for each attention module.
+        values: the same.
+        visible: (batch, p), False where a row has no such prefix token; None: all are seen.
+        used: numbers of the modules that have attended to it in this call.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    visible: Tensor | None = None
+    used: set[int] = field(default_factory=set)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    inner: Callable[..., Any],
+    **kwargs: Any,
+) -> Any:
+    """Compute attention of the query over [prefix; key], by the function `inner` that the model would have used.
+
+    query is (batch, heads, length, head_dim), key and value (batch, kv_heads, key length, head_dim). Every token sees
+    the whole prefix; among the others it sees what the mask says.
+    """
+    prefix: Prefix | None = kwargs.pop(KEYWORD, None)
+    number = module.__dict__.get(INDEX)
+    if prefix is None or number is None:
+        return inner(module, query, key, value, attention_mask, **kwargs)
+    prefix.used.add(number)
+    rows, length, own = query.shape[0], query.shape[2], key.shape[2]
+    k, v = prefix.keys[number].to(key.dtype), prefix.values[number].to(value.dtype)
+    p = k.shape[2]
+    causal = kwargs.pop("is_causal", None)
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if attention_mask is None and causal and length > 1:
+        # aligned at the end: the queries are the last of the keys
+        attention_mask = torch.ones(length, own, dtype=torch.bool, device=key.device).tril(own - length)[None, None]
+    if attention_mask is None and prefix.visible is not None:
+        attention_mask = torch.ones(1, 1, length, own, dtype=torch.bool, device=key.device)
+    if attention_mask is not None:
+        attention_mask = _extended(attention_mask, prefix.visible, p)
+    bias = kwargs.pop("position_bias", None)
+    if bias is not None:  # T5: relative positions count between text tokens only
+        kwargs["position_bias"] = F.pad(bias, (p, 0))
+    key = torch.cat([k.expand(rows, -1, -1, -1), key], 2)
+    value = torch.cat([v.expand(rows, -1, -1, -1), value], 2)
+    return inner(module, query, key, value, attention_mask, is_causal=False, **kwargs)
+
+
+def _extended(mask: Tensor, visible: Tensor | None, p: int) -> Tensor:
+    """Put columns for the prefix in front of a mask (batch or 1, 1 or heads, length, keys), boolean or additive."""
+    boolean = mask.dtype == torch.bool
+    shape = (*mask.shape[:-1], p)
+    if visible is None:
+        front = torch.full(shape, True if boolean else 0.0, dtype=mask.dtype, device=mask.device)
+    else:
+        seen = visible[:, None, None, :].expand(visible.shape[0], *shape[1:])
+        mask = mask.expand(visible.shape[0], *mask.shape[1:])
+        front = seen if boolean else torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
+    return torch.cat([front, mask], -1)
+
+
+def prepare(model: nn.Module, modules: list[nn.Module]) -> None:
+    """Let attention modules of a model attend to prefixes, numbered in this order.
+
+    Raises:
+        TypeError: if a module does not go through transformers' attention interface, or uses another function than
+            `sdpa` or `eager`.
+    """
+    for number, module in enumerate(modules):
+        config: Any = getattr(module, "config", None)
+        source = sys.modules.get(type(module).__module__)
+        if config is None or not hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
+            raise TypeError(
+                f"{type(module).__name__} does not use transformers' attention interface, so prefixes cannot enter. "
+                "Use another method, such as lora."
+            )
+        chosen = config._attn_implementation
+        if chosen not in NAMES and chosen not in NAMES.values():
+            raise TypeError(f"Prefixes need sdpa or eager attention, not {chosen!r}. Set attn_implementation: sdpa.")
+        config._attn_implementation = NAMES.get(chosen, chosen)
+        module.__dict__[INDEX] = number
+
+
+def _by_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    return attend(module, query, key, value, mask, ALL_ATTENTION_FUNCTIONS["sdpa"], **kwargs)
+
+
+def _by_eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    # every model file has an eager function of its own (T5 adds its bias there, Gemma caps its scores)
+    inner = sys.modules[type(module).__module__].eager_attention_forward
+    if kwargs.get(KEYWORD) is not None and mask is None and getattr(module, "is_causal", False) and query.shape[2] > 1:
+        raise TypeError("Eager attention without a mask would see the future. Pass an attention_mask.")
+    kwargs.pop("is_causal", None)
+
+    def call(*args: Any, is_causal: bool = False, **named: Any) -> Any:
+        return inner(*args, **named)
+
+    return attend(module, query, key, value, mask, call, **kwargs)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAMES["sdpa"], _by_sdpa)
+ALL_ATTENTION_FUNCTIONS.register(NAMES["eager"], _by_eager)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAMES["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAMES["eager"], ALL_MASK_ATTENTION_FUNCTIONS["eager"])
