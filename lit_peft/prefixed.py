@@ -88,7 +88,11 @@ def _extended(mask: Tensor, visible: Tensor | None, p: int) -> Tensor:
     else:
         seen = visible[:, None, None, :].expand(visible.shape[0], *shape[1:])
         mask = mask.expand(visible.shape[0], *mask.shape[1:])
-        front = seen if boolean else torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
+        front = (
+            seen
+            if boolean
+            else torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
+        )
     return torch.cat([front, mask], -1)
 
 
@@ -121,12 +125,12 @@ def _by_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask:
 def _by_eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
     # every model file has an eager function of its own (T5 adds its bias there, Gemma caps its scores)
     inner = sys.modules[type(module).__module__].eager_attention_forward
-    if kwargs.get(KEYWORD) is not None and mask is None and getattr(module, "is_causal", False) and query.shape[2] > 1:
-        raise TypeError("Eager attention without a mask would see the future. Pass an attention_mask.")
-    kwargs.pop("is_causal", None)
 
-    def call(*args: Any, is_causal: bool = False, **named: Any) -> Any:
-        return inner(*args, **named)
+    def call(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **named: Any) -> Any:
+        named.pop("is_causal", None)
+        if mask is not None and mask.dtype == torch.bool:  # eager functions add their mask to the scores
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        return inner(module, query, key, value, mask, **named)
 
     return attend(module, query, key, value, mask, call, **kwargs)
 

@@ -33,6 +33,7 @@ __all__ = [
     "Geometry",
     "Site",
     "attention",
+    "attention_cores",
     "classification_head",
     "coverage",
     "describe_coverage",
@@ -70,6 +71,22 @@ def layers(model: nn.Module) -> list[str]:
 def attention(model: nn.Module) -> list[str]:
     """The paths of the attention blocks, self- and cross-attention; BERT's include the output projection."""
     return [site.path for site in blocks_of(model)[0]]
+
+
+def attention_cores(model: nn.Module) -> list[str]:
+    """The paths of the modules that compute attention themselves: in BERT they are one level inside the block."""
+    found = []
+    sites = list(walk(model))
+    for block in blocks_of(model)[0]:
+        inside = (site for site in sites if within(site, block))
+        holders = (s for s in inside if hasattr(s.base, "config") and any(is_linear(c) for c in _plain(s.base)))
+        found += [site.path for site in holders][:1]
+    return found
+
+
+def _plain(module: nn.Module) -> list[nn.Module]:
+    """The children of a module without the adapters around them."""
+    return [site.base for child in module.children() for site in list(walk(child))[:1]]
 
 
 def feed_forward(model: nn.Module) -> list[str]:

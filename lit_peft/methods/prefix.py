@@ -1,0 +1,197 @@
+"""Prefix tuning (Li and Liang 2021, https://arxiv.org/abs/2101.00190).
+
+    K -> [P_K ; K],    V -> [P_V ; V]    in every attention, with p trained rows each
+
+While training the rows come from a small network, P = W_2 tanh(W_1 E + b_1) + b_2 with E (p, d); trained directly they
+were found unstable. `fold` keeps the rows only. The text's own tokens start at position p.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_peft.adapter import Adapter, innermost, join
+from lit_peft.mixin import PEFT
+from lit_peft.prefixed import KEYWORD, Prefix, prepare
+from lit_peft.sites import attention_cores, geometry, stacks
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixConfig:
+    """Settings of prefix tuning.
+
+    Args:
+        num_virtual_tokens: length p of the prefix.
+        prefix_projection: train the rows through a network (the paper) instead of directly.
+        encoder_hidden_size: width of that network's hidden layer.
+        dropout: dropout on the rows.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+
+    num_virtual_tokens: int = 30
+    prefix_projection: bool = True
+    encoder_hidden_size: int = 512
+    dropout: float = 0.0
+
+    default_lr: ClassVar[float] = 8e-5
+
+    def __post_init__(self) -> None:
+        if self.num_virtual_tokens < 1:
+            raise ValueError(f"prefix.num_virtual_tokens is {self.num_virtual_tokens}; it must be 1 or more.")
+        if self.encoder_hidden_size < 1:
+            raise ValueError(f"prefix.encoder_hidden_size is {self.encoder_hidden_size}; it must be 1 or more.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"prefix.dropout is {self.dropout}; it must be at least 0 and below 1.")
+
+
+class PrefixBackbone(Adapter):
+    """Hands every attention module inside the base p keys and values of its own, as an argument of the call.
+
+    It sits around a whole stack of layers (`model.model` of a Llama, the encoder and the decoder of a T5), so that one
+    network makes the rows of all of them. The rows of one set are (p, 2 n kv_heads head_dim) for n attention modules,
+    ordered K_1 V_1 K_2 V_2 ... as HF PEFT has them.
+    """
+
+    peft_type: ClassVar[str] = "LIT_PREFIX"
+
+    def add(self, name: str, config: PrefixConfig) -> None:
+        """Make the rows, or the network that yields them, of another named set."""
+        super().add(name, config)
+        if "prefix_table" not in self._modules:
+            for part in ("table", "embedding", "hidden", "hidden_bias", "output", "output_bias"):
+                setattr(self, f"prefix_{part}", nn.ParameterDict())
+            base = innermost(self.base)
+            cores = attention_cores(base)
+            prepare(base, [base.get_submodule(path) for path in cores])
+            size = geometry(base)
+            self.attentions, self.kv_heads, self.head_dim = len(cores), size.kv_heads, size.head_dim
+            self.hidden_size = size.hidden
+            self.takes_positions = "position_ids" in inspect.signature(base.forward).parameters
+        p, wide = config.num_virtual_tokens, 2 * self.attentions * self.kv_heads * self.head_dim
+        device = next(innermost(self.base).parameters()).device
+
+        def new(*shape: int, bound: float | None = None) -> nn.Parameter:
+            tensor = torch.empty(shape, device=device)
+            if device.type != "meta":
+                nn.init.normal_(tensor) if bound is None else nn.init.uniform_(tensor, -bound, bound)
+            return nn.Parameter(tensor)
+
+        if not config.prefix_projection:
+            self.prefix_table[name] = new(p, wide)
+            return
+        d, mu = self.hidden_size, config.encoder_hidden_size
+        self.prefix_embedding[name] = new(p, d)
+        self.prefix_hidden[name], self.prefix_hidden_bias[name] = new(mu, d, bound=d**-0.5), new(mu, bound=d**-0.5)
+        self.prefix_output[name], self.prefix_output_bias[name] = (
+            new(wide, mu, bound=mu**-0.5),
+            new(wide, bound=mu**-0.5),
+        )
+
+    def rows(self, name: str) -> Tensor:
+        """Return the rows of one named set, (p, 2 n kv_heads head_dim)."""
+        if name in self.prefix_table:
+            table: Tensor = self.prefix_table[name]
+            return table
+        hidden = F.linear(self.prefix_embedding[name], self.prefix_hidden[name], self.prefix_hidden_bias[name])
+        return F.linear(torch.tanh(hidden), self.prefix_output[name], self.prefix_output_bias[name])
+
+    def prefix(self, shares: list[tuple[str, Tensor | None]], batch: int) -> tuple[Prefix, Tensor]:
+        """Return the keys and values of the sets that act, and how far each row's text is moved, (batch or 1, 1)."""
+        keys: list[list[Tensor]] = [[] for _ in range(self.attentions)]
+        values: list[list[Tensor]] = [[] for _ in range(self.attentions)]
+        seen: list[Tensor] = []
+        routed = any(rows is not None for _, rows in shares)
+        for name, rows in shares:
+            config: PrefixConfig = self.configs[name]
+            table = F.dropout(self.rows(name), config.dropout, self.training)
+            p = table.shape[0]
+            # (2n, kv_heads, p, head_dim)
+            parts = table.view(p, 2 * self.attentions, self.kv_heads, self.head_dim).permute(1, 2, 0, 3)
+            for number in range(self.attentions):
+                keys[number].append(parts[2 * number][None])
+                values[number].append(parts[2 * number + 1][None])
+            visible = torch.zeros(batch, p, dtype=torch.bool, device=table.device)
+            visible[slice(None) if rows is None else rows] = True
+            seen.append(visible)
+        mask = torch.cat(seen, 1)
+        made = Prefix([torch.cat(k, 2) for k in keys], [torch.cat(v, 2) for v in values], mask if routed else None)
+        return made, mask.sum(1, keepdim=True) if routed else mask[:1].sum(1, keepdim=True)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base with a prefix for each of its attention modules, and the text's positions moved behind it."""
+        text = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+        shares = self.shares(text)
+        if not shares:
+            return self.base(*args, **kwargs)
+        prefix, moved = self.prefix(shares, text.shape[0])
+        if self.takes_positions:
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                cache = kwargs.get("past_key_values")
+                past = 0 if cache is None else cache.get_seq_length()
+                positions = torch.arange(text.shape[1], device=text.device)[None] + past
+            kwargs["position_ids"] = positions + moved
+        out = self.base(*args, **{**kwargs, KEYWORD: prefix})
+        if not torch.compiler.is_compiling() and len(prefix.used) < self.attentions:
+            raise TypeError(
+                f"{type(innermost(self.base)).__name__} does not pass keyword arguments down to all of its attention "
+                "modules, so the prefix would be without effect. Use another method, such as lora."
+            )
+        return out
+
+
+class PrefixTuning(PEFT):
+    """Prefix tuning on the task's model.
+
+    Args:
+        prefix: length of the prefix, and the network that its rows are trained through.
+
+    Example:
+        >>> from lit_peft import PrefixTuning, SFT
+        >>> class Mine(PrefixTuning, SFT): ...
+    """
+
+    method = "prefix"
+
+    def __init__(self, *args: Any, prefix: PrefixConfig = PrefixConfig(), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.prefix = self.configured(PrefixConfig, "prefix", prefix)
+
+    def place_adapters(self) -> None:
+        """Put a `PrefixBackbone` around every stack of layers."""
+        super().place_adapters()
+        assert self.model is not None
+        join(self.model, dict.fromkeys(hosts(self.model), self.prefix), lambda base: PrefixBackbone)
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Take the settings from an adapter folder."""
+        super().adopt(config)
+        if config.get("peft_type") == PrefixBackbone.peft_type:
+            known = {field.name for field in fields(PrefixConfig)}
+            stored = {key: value for key, value in config.items() if key in known}
+            self.prefix = self.configured(PrefixConfig, "prefix", stored)
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Return the settings for `adapter_config.json`."""
+        return [*super().parts(), {"peft_type": PrefixBackbone.peft_type, **asdict(self.prefix)}]
+
+
+def hosts(model: nn.Module) -> list[str]:
+    """Return the paths of the model's parts that hold its stacks of layers: `model`, `transformer`, `bert`, ...
+
+    Raises:
+        ValueError: if the layers are not inside a part of the model.
+    """
+    found = list(dict.fromkeys(stack[0].partition(".")[0] for stack in stacks(model)))
+    if not found:
+        raise ValueError(f"Found no transformer layers in {type(model).__name__}: prefixes need them.")
+    return found
