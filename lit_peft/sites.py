@@ -8,6 +8,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 
 from torch import nn
 
@@ -40,6 +41,7 @@ __all__ = [
     "feed_forward",
     "find",
     "geometry",
+    "hosts",
     "input_embedding",
     "is_linear",
     "layer_index",
@@ -66,6 +68,32 @@ def stacks(model: nn.Module) -> list[list[str]]:
 def layers(model: nn.Module) -> list[str]:
     """The paths of all transformer layers (the residual blocks), the encoder's first."""
     return [path for stack in stacks(model) for path in stack]
+
+
+def hosts(model: nn.Module) -> list[str]:
+    """The paths of what embeds tokens and runs a stack of layers: `model` of a Llama, a T5's encoder and decoder.
+
+    Raises:
+        ValueError: The model has no layers, or is itself such a part: nothing can be put around it.
+    """
+    found: dict[str, None] = {}
+    for stack in stacks_of(model):
+        path = stack[0].path
+        while path and "input_ids" not in signature(_base_of(model, path).forward).parameters:
+            path = path.rpartition(".")[0]
+        if not path:
+            raise ValueError(f"{type(model).__name__} is the bare stack of layers: use the model with its head.")
+        found[path] = None
+    if not found:
+        raise ValueError(f"Found no transformer layers in {type(model).__name__}.")
+    return list(found)
+
+
+def _base_of(model: nn.Module, path: str) -> nn.Module:
+    module = model.get_submodule(path)
+    while getattr(type(module), "is_adapter", False):
+        module = module.get_submodule("base")
+    return module
 
 
 def attention(model: nn.Module) -> list[str]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lit_peft.adapter import Adapter, innermost, join
 from lit_peft.mixin import PEFT
 from lit_peft.prefixed import KEYWORD, Prefix, prepare
-from lit_peft.sites import attention_cores, geometry, stacks
+from lit_peft.sites import attention_cores, geometry, hosts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,15 +183,3 @@ class PrefixTuning(PEFT):
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`."""
         return [*super().parts(), {"peft_type": PrefixBackbone.peft_type, **asdict(self.prefix)}]
-
-
-def hosts(model: nn.Module) -> list[str]:
-    """Return the paths of the model's parts that hold its stacks of layers: `model`, `transformer`, `bert`, ...
-
-    Raises:
-        ValueError: if the layers are not inside a part of the model.
-    """
-    found = list(dict.fromkeys(stack[0].partition(".")[0] for stack in stacks(model)))
-    if not found:
-        raise ValueError(f"Found no transformer layers in {type(model).__name__}: prefixes need them.")
-    return found

@@ -8,16 +8,14 @@ last layer: labels, logits and tokens of the text keep their places.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lit_peft.adapter import Adapter, innermost, join, named_adapters
-from lit_peft.mixin import PEFT
-from lit_peft.sites import geometry, hosts, input_embedding
+from lit_peft.adapter import Adapter, innermost
+from lit_peft.sites import geometry
 
 
 @dataclass(frozen=True, kw_only=True)

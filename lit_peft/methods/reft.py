@@ -10,18 +10,17 @@ matrix, and d r numbers are stored.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_peft.adapter import Adapter, innermost, join, place
+from lit_peft.adapter import Adapter, join
 from lit_peft.methods.bottleneck import first, with_first
 from lit_peft.mixin import PEFT
 from lit_peft.sites import geometry, hosts, stacks
@@ -55,6 +54,7 @@ class ReFTConfig:
         dropout: dropout on the edit.
         start_at_identity: LoReFT: start with W = R and b = 0, that is, as the base; else W is random as in the paper's
             code.
+        hidden_size: width d of the residual stream; None: the model's.
 
     Raises:
         ValueError: if a value is out of range.
@@ -67,6 +67,7 @@ class ReFTConfig:
     tied: bool = True
     dropout: float = 0.0
     start_at_identity: bool = True
+    hidden_size: int | None = None
 
     default_lr: ClassVar[float] = 9e-4
 
@@ -94,7 +95,9 @@ def edited(prompt: Tensor, first: int, last: int) -> Tensor:
     length = number[:, -1:]
     short = length < first + last
     f = torch.where(short, torch.minimum(length // 2 if last else length, torch.full_like(length, first)), first)
-    marks = torch.where(number <= f, 1, torch.where(number > length - torch.minimum(length - f, torch.full_like(length, last)), 2, 0))
+    marks = torch.where(
+        number <= f, 1, torch.where(number > length - torch.minimum(length - f, torch.full_like(length, last)), 2, 0)
+    )
     return marks * there
 
 
@@ -118,18 +121,152 @@ class ReFTStack(Adapter):
         return self.base(*args, **{**kwargs, EDIT: edited(there, config.first, config.last)})
 
 
-class ReFTLayer(Adapter):
-    """Edits a layer's output h (batch, length, d) at the marked positions: LoReFT's h + R^T (W h + b - R h).
+class LoReFTLayer(Adapter):
+    """Edits a layer's output h (batch, length, d) at the marked positions: h + R^T (W h + b - R h).
 
     Example:
         >>> import torch
-        >>> layer = ReFTLayer(torch.nn.Identity(), ReFTConfig(r=2), hidden_size=8)
-        >>> sum(p.numel() for _, p in layer.own_parameters())
+        >>> layer = LoReFTLayer(torch.nn.Identity(), ReFTConfig(r=2, hidden_size=8))
+        >>> sum(p.numel() for _, p in layer.own_parameters())  # of first and last tokens together
         34
     """
 
     peft_type: ClassVar[str] = "LIT_LOREFT"
 
-    def __init__(self, base: nn.Module, config: ReFTConfig, name: str = "default", hidden_size: int = 0) -> None:
-        self.__dict__["hidden_size"] = hidden_size
-        super().__init__(base, config, name)
+    def add(self, name: str, config: ReFTConfig) -> None:
+        """Make R (places, d, r), W (places, r, d) and b (places, r); one place, or first and last where untied."""
+        super().add(name, config)
+        if "reft_rotation" not in self._modules:
+            self.reft_rotation = nn.ParameterDict()
+            self.reft_source = nn.ParameterDict()
+            self.reft_bias = nn.ParameterDict()
+        assert config.hidden_size is not None, "fill in the model's hidden size first"
+        places, d, r = 1 if config.tied else 2, config.hidden_size, config.r
+        if r > d:
+            raise ValueError(f"reft.r is {r}, but the hidden size is {d}; there are no {r} orthonormal directions.")
+        device = next((p.device for p in self.base.parameters()), torch.device("cpu"))
+        rotation, source = torch.empty(places, d, r, device=device), torch.empty(places, r, d, device=device)
+        if device.type != "meta":
+            self.start(rotation, source, config)
+        self.reft_rotation[name] = nn.Parameter(rotation)
+        self.reft_source[name] = nn.Parameter(source)
+        self.reft_bias[name] = nn.Parameter(torch.zeros(places, r, device=device))
+
+    def start(self, rotation: Tensor, source: Tensor, config: ReFTConfig) -> None:
+        """Fill R with random orthonormal columns, and W with R^T (no edit) or as `nn.Linear` starts."""
+        for q, w in zip(rotation, source, strict=True):
+            nn.init.orthogonal_(q)
+            if config.start_at_identity:
+                w.copy_(orthonormal(q).t())
+            else:
+                nn.init.uniform_(w, -(w.shape[1] ** -0.5), w.shape[1] ** -0.5)
+
+    def edit(self, name: str, place: int, h: Tensor) -> Tensor:
+        """Return R^T (W h + b - R h) for rows h (n, d)."""
+        dtype = h.dtype
+        q = orthonormal(self.reft_rotation[name][place]).to(dtype)
+        inner = F.linear(h, self.reft_source[name][place].to(dtype), self.reft_bias[name][place].to(dtype)) - h @ q
+        return self.dropped(name, inner) @ q.t()
+
+    def dropped(self, name: str, inner: Tensor) -> Tensor:
+        """Return the edit's coordinates after dropout."""
+        return F.dropout(inner, self.configs[name].dropout, self.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base and edit its (first) output."""
+        marks: Tensor | None = kwargs.pop(EDIT, None)
+        out = self.base(*args, **kwargs)
+        if marks is None:
+            return out
+        h = first(out)
+        for name, rows in self.shares(h):
+            here = marks
+            if rows is not None:
+                chosen = torch.zeros(h.shape[0], 1, dtype=marks.dtype, device=marks.device)
+                chosen[rows] = 1
+                here = marks * chosen
+            for place, where in enumerate([here > 0] if self.configs[name].tied else [here == 1, here == 2]):
+                index = where.nonzero(as_tuple=True)
+                part = h[index]
+                h = h.index_put(index, part + self.edit(name, place, part).to(h.dtype))
+        return with_first(out, h)
+
+
+class DiReFTLayer(LoReFTLayer):
+    """Edits a layer's output h (batch, length, d) at the marked positions: h + W_2^T (W_1 h + b)."""
+
+    peft_type: ClassVar[str] = "LIT_DIREFT"
+
+    def start(self, rotation: Tensor, source: Tensor, config: ReFTConfig) -> None:
+        """Fill W_1 as `nn.Linear` starts; W_2 with zeros (no edit), or with orthonormal columns."""
+        for w2, w1 in zip(rotation, source, strict=True):
+            nn.init.uniform_(w1, -(w1.shape[1] ** -0.5), w1.shape[1] ** -0.5)
+            nn.init.zeros_(w2) if config.start_at_identity else nn.init.orthogonal_(w2)
+
+    def edit(self, name: str, place: int, h: Tensor) -> Tensor:
+        """Return W_2^T (W_1 h + b) for rows h (n, d)."""
+        dtype = h.dtype
+        inner = F.linear(h, self.reft_source[name][place].to(dtype), self.reft_bias[name][place].to(dtype))
+        return self.dropped(name, inner) @ self.reft_rotation[name][place].t().to(dtype)
+
+
+def orthonormal(matrix: Tensor) -> Tensor:
+    """Return the Q factor (d, r) of a matrix (d, r), with the signs that keep an orthonormal matrix as it is."""
+    with torch.autocast(matrix.device.type, enabled=False):
+        q, upper = torch.linalg.qr(matrix.float())
+    return q * upper.diagonal().sign()
+
+
+class ReFT(PEFT):
+    """What LoReFT and DiReFT share: placement, and telling the model which tokens are the prompt."""
+
+    reft: ReFTConfig
+    layer: ClassVar[type[LoReFTLayer]]
+
+    def place_adapters(self) -> None:
+        """Put an edit behind every chosen layer, and around each stack what tells them where to act.
+
+        Raises:
+            ValueError: if there is no such layer.
+        """
+        super().place_adapters()
+        assert self.model is not None
+        stack = stacks(self.model)[0]  # of an encoder-decoder: the encoder, which holds the prompt
+        chosen = range(len(stack)) if self.reft.layers_to_transform is None else self.reft.layers_to_transform
+        unknown = sorted(set(chosen) - set(range(len(stack))))
+        if unknown:
+            raise ValueError(f"reft.layers_to_transform names layer {unknown[0]}; layers are 0 to {len(stack) - 1}.")
+        config = replace(self.reft, hidden_size=geometry(self.model).hidden)
+        join(self.model, {stack[number]: config for number in chosen}, lambda base: self.layer)
+        join(self.model, {hosts(self.model)[0]: config}, lambda base: ReFTStack)
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the task's step; tokens without a label, in front of the answer, are the prompt."""
+        with prompt_is(prompt_of(batch)):
+            return super().training_step(batch, *args, **kwargs)
+
+    def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the task's step as in training."""
+        with prompt_is(prompt_of(batch)):
+            return super().validation_step(batch, *args, **kwargs)
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Take the settings from an adapter folder."""
+        super().adopt(config)
+        if config.get("peft_type") == self.layer.peft_type:
+            known = {field.name for field in fields(ReFTConfig)}
+            self.reft = self.configured(ReFTConfig, "reft", {k: v for k, v in config.items() if k in known})
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Return the settings for `adapter_config.json`."""
+        return [*super().parts(), {"peft_type": self.layer.peft_type, **asdict(self.reft)}]
+
+
+def prompt_of(batch: Any) -> Tensor | None:
+    """Return which tokens (batch, length) come before the first label; None where labels do not follow the text."""
+    if not isinstance(batch, Mapping) or "labels" not in batch or "input_ids" not in batch:
+        return None
+    labels, ids = batch["labels"], batch["input_ids"]
+    if labels.shape != ids.shape:
+        return None
+    return (labels != -100).long().cumsum(1) == 0
