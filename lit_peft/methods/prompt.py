@@ -70,6 +70,18 @@ class PromptBackbone(Adapter):
             nn.init.uniform_(rows, -0.5, 0.5)
         self.prompt_embedding[name] = nn.Parameter(rows)
 
+    def prompt(self, shares: list[tuple[str, Tensor | None]], batch: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows in front of each text, (batch, p, d), and which of them it has, (batch, p)."""
+        rows: list[Tensor] = []
+        seen: list[Tensor] = []
+        for name, chosen in shares:
+            own = self.prompt_embedding[name].to(like.dtype)
+            rows.append(own.expand(batch, -1, -1))
+            there = torch.zeros(batch, own.shape[0], dtype=torch.bool, device=like.device)
+            there[slice(None) if chosen is None else chosen] = True
+            seen.append(there)
+        return torch.cat(rows, 1), torch.cat(seen, 1)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -83,31 +95,143 @@ class PromptBackbone(Adapter):
         shares = self.shares(text)
         if not shares:
             return self.base(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        base: Any = innermost(self.base)
-        batch, length = text.shape[:2]
         if inputs_embeds is None:
-            inputs_embeds = base.get_input_embeddings()(input_ids)
+            inputs_embeds = self.embedding()(input_ids)
+        batch, length = text.shape[:2]
         cache = kwargs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
+        past = 0 if cache is None else int(cache.get_seq_length())
         prompt, seen = self.prompt(shares, batch, inputs_embeds)
-        p = prompt.shape[1]
-        at = int(bool(next(iter(self.configs.values())).after_bos))
-        routed = any(rows is not None for _, rows in shares)
-        if attention_mask is None and routed:
-            attention_mask = text.new_ones((batch, length + max(past - p, 0)), dtype=torch.long)
+        p, at = prompt.shape[1], int(bool(self.configs[shares[0][0]].after_bos))
+        if attention_mask is None and not bool(seen.all()):
+            attention_mask = torch.ones(batch, length + max(past - p, 0), dtype=torch.long, device=text.device)
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask[:, :at], seen.to(attention_mask), attention_mask[:, at:]], 1)
-        if "position_ids" in kwargs and kwargs["position_ids"] is not None:
-            given = kwargs["position_ids"].expand(batch, -1)
+        given = kwargs.get("position_ids")
+        if given is not None:
             moved = given + seen.sum(1, keepdim=True)
             if not past:
-                own = torch.arange(p, device=given.device)[None] + given[:, :1] * 0 + at
-                moved = torch.cat([given[:, :at], own.expand(batch, -1), moved[:, at:]], 1)
+                own = torch.arange(at, at + p, device=given.device).expand(batch, -1)
+                moved = torch.cat([given[:, :at].expand(batch, -1), own, moved[:, at:]], 1)
             kwargs["position_ids"] = moved
-        if past:
+        if past:  # the prompt is in the cache
             return self.base(input_ids=None, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        if kwargs.get("token_type_ids") is not None:
-            types = kwargs["token_type_ids"]
+        types = kwargs.get("token_type_ids")
+        if types is not None:
             kwargs["token_type_ids"] = torch.cat([types[:, :at], types[:, :1].expand(-1, p), types[:, at:]], 1)
         embeds = torch.cat([inputs_embeds[:, :at], prompt, inputs_embeds[:, at:]], 1)
-        return self.base(input_ids=None, attention_mask=attention_mask, inputs_embeds=embeds, **kwargs), at, p
+        out = self.base(input_ids=None, attention_mask=attention_mask, inputs_embeds=embeds, **kwargs)
+        if self.keeps_prompt:
+            return out
+
+        def without(h: Tensor) -> Tensor:
+            return torch.cat([h[:, :at], h[:, at + p :]], 1)
+
+        if isinstance(out, tuple):
+            return (without(out[0]), *out[1:])
+        out.last_hidden_state = without(out.last_hidden_state)
+        if getattr(out, "hidden_states", None) is not None:
+            out.hidden_states = tuple(without(h) for h in out.hidden_states)
+        return out
+
+    def embedding(self) -> nn.Module:
+        """Return what embeds the base's tokens."""
+        return innermost(self.base).get_input_embeddings()  # type: ignore[operator, no-any-return]
+
+    @property
+    def keeps_prompt(self) -> bool:
+        """Whether the prompt's outputs stay: a decoder attends to those of the encoder."""
+        config: Any = getattr(innermost(self.base), "config", None)
+        return bool(getattr(config, "is_encoder_decoder", False))
+
+
+class PromptReader(Adapter):
+    """Lets a decoder attend to the encoder's outputs for the prompt: extends the mask over them."""
+
+    peft_type: ClassVar[str] = ""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base with the mask over the encoder's outputs extended by the prompt."""
+        mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
+        if states is None:
+            return self.base(*args, **kwargs)
+        shares = self.shares(states)
+        if mask is None:
+            total = states.shape[1] - sum(self.configs[name].num_virtual_tokens for name, _ in shares)
+            mask = torch.ones(states.shape[0], total, dtype=torch.long, device=states.device)
+        front = []
+        for name, rows in shares:
+            seen = torch.zeros(
+                mask.shape[0], self.configs[name].num_virtual_tokens, dtype=mask.dtype, device=mask.device
+            )
+            seen[slice(None) if rows is None else rows] = 1
+            front.append(seen)
+        return self.base(*args, **{**kwargs, "encoder_attention_mask": torch.cat([*front, mask], 1)})
+
+
+class PromptTuning(PEFT):
+    """Prompt tuning on the task's model.
+
+    Args:
+        prompt: length and start of the prompt.
+
+    Example:
+        >>> from lit_peft import PromptTuning, SFT
+        >>> class Mine(PromptTuning, SFT): ...
+    """
+
+    method = "prompt"
+
+    def __init__(self, *args: Any, prompt: PromptConfig = PromptConfig(), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.prompt = self.configured(PromptConfig, "prompt", prompt)
+
+    def place_adapters(self) -> None:
+        """Put a `PromptBackbone` around what reads the prompt, and a `PromptReader` around a decoder behind it."""
+        super().place_adapters()
+        assert self.model is not None
+        paths = hosts(self.model)
+        inner: Any = self.model
+        encoder_only = not getattr(inner.config, "is_encoder_decoder", False) and not _causal(self.model)
+        after = encoder_only if self.prompt.after_bos is None else self.prompt.after_bos
+        config = replace(self.prompt, after_bos=after)
+        join(self.model, {paths[0]: config}, lambda base: PromptBackbone)
+        if len(paths) > 1:
+            join(self.model, dict.fromkeys(paths[1:], config), lambda base: PromptReader)
+        self.start_prompt()
+
+    def start_prompt(self) -> None:
+        """Fill the prompt with embeddings of words, unless it starts at random."""
+        assert self.model is not None
+        for _, adapter in named_adapters(self.model):
+            if isinstance(adapter, PromptBackbone) and self.prompt.init != "random":
+                table: Any = adapter.embedding()
+                rows = adapter.prompt_embedding["default"]
+                if rows.device.type == "meta":
+                    continue
+                if self.prompt.init == "text":
+                    ids = list(self.tokenizer(self.prompt.init_text, add_special_tokens=False)["input_ids"])  # type: ignore[attr-defined]
+                    if not ids:
+                        raise ValueError(f"prompt.init_text {self.prompt.init_text!r} has no tokens.")
+                    chosen = torch.tensor([ids[i % len(ids)] for i in range(len(rows))])
+                else:  # the commonest words have the lowest numbers in most tokenizers
+                    chosen = torch.randint(0, min(COMMONEST, table.num_embeddings), (len(rows),))
+                with torch.no_grad():
+                    rows.copy_(table(chosen.to(table.weight.device)))
+
+    def adopt(self, config: Mapping[str, Any]) -> None:
+        """Take the settings from an adapter folder."""
+        super().adopt(config)
+        if config.get("peft_type") == PromptBackbone.peft_type:
+            known = {field.name for field in fields(PromptConfig)}
+            self.prompt = self.configured(PromptConfig, "prompt", {k: v for k, v in config.items() if k in known})
+
+    def parts(self) -> list[dict[str, Any]]:
+        """Return the settings for `adapter_config.json`."""
+        return [*super().parts(), {"peft_type": PromptBackbone.peft_type, **asdict(self.prompt)}]
+
+
+def _causal(model: nn.Module) -> bool:
+    """Whether the first attention module of a model sees the past only."""
+    cores = attention_cores(model)
+    module = innermost(model.get_submodule(cores[0])) if cores else model
+    return bool(getattr(module, "is_causal", True))
