@@ -1,4 +1,4 @@
-"""Houlsby adapters (2019, https://arxiv.org/abs/1902.00751): one behind attention, one behind feed-forward, in each layer."""
+"""Houlsby adapters (2019, https://arxiv.org/abs/1902.00751): behind attention and behind feed-forward in each layer."""
 
 from __future__ import annotations
 

@@ -8,14 +8,18 @@ last layer: labels, logits and tokens of the text keep their places.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lit_peft.adapter import Adapter, innermost
-from lit_peft.sites import geometry
+from lit_peft.adapter import Adapter, innermost, join, named_adapters
+from lit_peft.mixin import PEFT
+from lit_peft.sites import attention_cores, geometry, hosts
+
+COMMONEST = 5000
 
 
 @dataclass(frozen=True, kw_only=True)
