@@ -44,6 +44,7 @@ class Adapter(nn.Module):
     """
 
     is_adapter: ClassVar[bool] = True
+    peft_type: Any = ""  # the kind of folder that holds its weights; empty: it has none
     frozen: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, base: nn.Module, config: Any, name: str = "default") -> None:

@@ -193,7 +193,7 @@ def bare(path: str) -> str:
 
 
 def _owned(model: nn.Module, peft_type: str) -> list[tuple[str, Adapter]]:
-    return [(path, a) for path, a in named_adapters(model) if getattr(type(a), "peft_type", None) == peft_type]
+    return [(path, a) for path, a in named_adapters(model) if a.peft_type == peft_type]
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def read(
         ValueError: if the base, the methods, the layers, the keys or the shapes do not fit.
     """
     check_base(folder, base)
-    here = {*kinds, *(getattr(type(adapter), "peft_type", "") for _, adapter in named_adapters(model))}
+    here = {*kinds, *(adapter.peft_type for _, adapter in named_adapters(model))} - {""}
     configs = read_configs(folder)
     found = {config["peft_type"] for config in configs}
     if found != here:

@@ -43,6 +43,7 @@ class PrefixConfig:
     dropout: float = 0.0
 
     default_lr: ClassVar[float] = 8e-5
+    peft_type: ClassVar[str] = "LIT_PREFIX"
 
     def __post_init__(self) -> None:
         if self.num_virtual_tokens < 1:
@@ -61,7 +62,10 @@ class PrefixBackbone(Adapter):
     ordered K_1 V_1 K_2 V_2 ... as HF PEFT has them.
     """
 
-    peft_type: ClassVar[str] = "LIT_PREFIX"
+    @property
+    def peft_type(self) -> str:
+        """The kind of folder that holds this adapter, set by its method."""
+        return str(next(iter(self.configs.values())).peft_type)
 
     def add(self, name: str, config: PrefixConfig) -> None:
         """Make the rows, or the network that yields them, of another named set."""
@@ -164,7 +168,7 @@ class PrefixTuning(PEFT):
 
     def __init__(self, *args: Any, prefix: PrefixConfig = PrefixConfig(), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.prefix = self.configured(PrefixConfig, "prefix", prefix)
+        self.prefix: PrefixConfig = self.configured(PrefixConfig, "prefix", prefix)
 
     def place_adapters(self) -> None:
         """Put a `PrefixBackbone` around every stack of layers."""
@@ -175,11 +179,11 @@ class PrefixTuning(PEFT):
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take the settings from an adapter folder."""
         super().adopt(config)
-        if config.get("peft_type") == PrefixBackbone.peft_type:
-            known = {field.name for field in fields(PrefixConfig)}
-            stored = {key: value for key, value in config.items() if key in known}
-            self.prefix = self.configured(PrefixConfig, "prefix", stored)
+        if config.get("peft_type") == self.prefix.peft_type:
+            kind = type(self.prefix)
+            known = {field.name for field in fields(kind)}
+            self.prefix = self.configured(kind, "prefix", {k: v for k, v in config.items() if k in known})
 
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`."""
-        return [*super().parts(), {"peft_type": PrefixBackbone.peft_type, **asdict(self.prefix)}]
+        return [*super().parts(), {"peft_type": self.prefix.peft_type, **asdict(self.prefix)}]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from inspect import signature
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -66,8 +67,9 @@ class PromptBackbone(Adapter):
         super().add(name, config)
         if "prompt_embedding" not in self._modules:
             self.prompt_embedding = nn.ParameterDict()
-            size = geometry(innermost(self.base))
-            self.hidden_size = size.hidden
+            base = innermost(self.base)
+            self.hidden_size = geometry(base).hidden
+            self.takes_positions = "position_ids" in signature(base.forward).parameters
         device = next(innermost(self.base).parameters()).device
         rows = torch.zeros(config.num_virtual_tokens, self.hidden_size, device=device)
         if device.type != "meta":
@@ -111,6 +113,9 @@ class PromptBackbone(Adapter):
         if attention_mask is not None:
             attention_mask = torch.cat([attention_mask[:, :at], seen.to(attention_mask), attention_mask[:, at:]], 1)
         given = kwargs.get("position_ids")
+        if given is None and self.takes_positions and not bool(seen.all()):
+            # a row without a prompt starts at 0, beside one that starts at p
+            given = torch.arange(length, device=text.device)[None] + max(past - p, 0)
         if given is not None:
             moved = given + seen.sum(1, keepdim=True)
             if not past:
