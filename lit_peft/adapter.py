@@ -124,8 +124,8 @@ class Adapter(nn.Module):
         if name not in self.configs:
             raise ValueError(f"No adapter is named {name!r}. This layer has {sorted(self.configs)}.")
         del self.configs[name]
-        for module in self._modules.values():
-            if isinstance(module, nn.ParameterDict) and name in module:
+        for key, module in self.named_modules():
+            if isinstance(module, nn.ParameterDict) and name in module and not key.startswith("base."):
                 del module[name]
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:

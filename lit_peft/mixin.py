@@ -36,6 +36,7 @@ class PEFT(AdaptableModule):
     """
 
     method: ClassVar[str] = ""
+    config_types: ClassVar[dict[str, type[Any]]] = {}  # settings with other defaults, where a method composes others
     _placed = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -69,6 +70,7 @@ class PEFT(AdaptableModule):
         Raises:
             TypeError: if the mapping has a key that the dataclass lacks.
         """
+        kind = self.config_types.get(key, kind)
         if isinstance(value, Mapping):
             known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
             unknown = [name for name in value if name not in known]

@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 INDEX = "prefix_index"  # in an attention module's __dict__: which of the prefix's keys and values are its own
 KEYWORD = "attention_prefix"
+GATE = "attention_prefix_gate"
 NAMES = {"sdpa": "lit_prefix_sdpa", "eager": "lit_prefix_eager"}
 
 
@@ -55,6 +56,7 @@ def attend(
     the whole prefix; among the others it sees what the mask says.
     """
     prefix: Prefix | None = kwargs.pop(KEYWORD, None)
+    gate: Tensor | None = kwargs.pop(GATE, None)
     number = module.__dict__.get(INDEX)
     if prefix is None or number is None:
         return inner(module, query, key, value, attention_mask, **kwargs)
@@ -74,9 +76,47 @@ def attend(
     bias = kwargs.pop("position_bias", None)
     if bias is not None:  # T5: relative positions count between text tokens only
         kwargs["position_bias"] = F.pad(bias, (p, 0))
+    if gate is not None:
+        gate = gate.to(query.dtype)
+        if gate.shape[1] > 1:
+            return _gated(query, key, value, k, v, gate, attention_mask, **kwargs)
+        k, v = k * gate[..., None], v * gate[..., None]  # (batch, 1, p, 1): the same for all heads
     key = torch.cat([k.expand(rows, -1, -1, -1), key], 2)
     value = torch.cat([v.expand(rows, -1, -1, -1), value], 2)
     return inner(module, query, key, value, attention_mask, is_causal=False, **kwargs)
+
+
+def _gated(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute attention where each query scales the prefix's keys and values by a gate of its own (batch, length, p).
+
+    No fused kernel takes a scale for each pair of query and key, so the scores are computed openly.
+    """
+    groups, p = query.shape[1] // key.shape[1], k.shape[2]
+    key, value, k, v = (part.repeat_interleave(groups, 1) for part in (key, value, k, v))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    gate = gate[:, None]  # the same for all heads
+    scores = torch.cat([query @ k.transpose(2, 3) * gate, query @ key.transpose(2, 3)], -1) * scale
+    if position_bias is not None:
+        scores = scores + position_bias
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = F.dropout(scores.float().softmax(-1).to(query.dtype), dropout)
+    out = (weights[..., :p] * gate) @ v + weights[..., p:] @ value
+    return out.transpose(1, 2).contiguous(), None
 
 
 def _extended(mask: Tensor, visible: Tensor | None, p: int) -> Tensor:

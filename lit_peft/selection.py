@@ -79,6 +79,10 @@ class Scope:
         self.irreversible = ""
 
 
+# What an outer adapter tells those inside it in one call: a padding mask, tensors that layers share. Captured for
+# replays like the selection; mirrored in a plain dict for compiled code.
+_TOLD: ContextVar[Mapping[str, Any] | None] = ContextVar("lit_peft_told", default=None)
+_CURRENT: dict[str, Any] = {}
 _SELECTED: ContextVar[Mapping[Scope, Choice] | None] = ContextVar("lit_peft_selected", default=None)
 
 
@@ -108,6 +112,27 @@ def _select(selection: Mapping[Scope, Choice]) -> Iterator[None]:
         for scope, current in mirrored.items():
             scope.current = current
         _SELECTED.reset(token)
+
+
+def told(key: str) -> Any:
+    """Return what was told under this key to the call that is running; None if nothing was."""
+    return _CURRENT.get(key) if torch.compiler.is_compiling() else (_TOLD.get() or {}).get(key)
+
+
+@contextmanager
+def telling(**facts: Any) -> Iterator[None]:
+    """Tell the adapters that are called inside the `with` block something about this call, such as its padding mask."""
+    before = _TOLD.get() or {}
+    now = {**before, **facts}
+    token = _TOLD.set(now)
+    _CURRENT.clear()
+    _CURRENT.update(now)
+    try:
+        yield
+    finally:
+        _TOLD.reset(token)
+        _CURRENT.clear()
+        _CURRENT.update(before)
 
 
 @contextmanager
@@ -163,10 +188,10 @@ def capturing(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # a compiled region traces its replay at the call
             return checkpoint(function, *args, **kwargs)
-        captured = _SELECTED.get() or {}
+        captured, facts = _SELECTED.get() or {}, _TOLD.get() or {}
 
         def replay(*inner: Any, **named: Any) -> Any:
-            with _select(captured):
+            with _select(captured), telling(**facts):
                 return function(*inner, **named)
 
         return checkpoint(replay, *args, **kwargs)

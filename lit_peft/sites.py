@@ -43,6 +43,7 @@ __all__ = [
     "geometry",
     "hosts",
     "input_embedding",
+    "is_causal",
     "is_linear",
     "layer_index",
     "layers",
@@ -99,6 +100,19 @@ def _base_of(model: nn.Module, path: str) -> nn.Module:
 def attention(model: nn.Module) -> list[str]:
     """The paths of the attention blocks, self- and cross-attention; BERT's include the output projection."""
     return [site.path for site in blocks_of(model)[0]]
+
+
+def is_causal(model: nn.Module, path: str) -> bool:
+    """Whether what lies at a path belongs to a stack whose tokens see only those before them."""
+    cores = attention_cores(model)
+    stack = next((stack for stack in stacks_of(model) if any(_inside(path, layer.path) for layer in stack)), None)
+    own = [core for core in cores if stack is None or any(_inside(core, layer.path) for layer in stack)]
+    # without such a flag a model is taken for a decoder: then no gate or pooling looks ahead
+    return any(getattr(_base_of(model, core), "is_causal", True) for core in own) if own else True
+
+
+def _inside(path: str, block: str) -> bool:
+    return path == block or path.startswith(block + ".")
 
 
 def attention_cores(model: nn.Module) -> list[str]:

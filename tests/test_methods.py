@@ -81,6 +81,31 @@ def prefixes(p: int, mu: int | None) -> Count:
     return count
 
 
+def p_tuning(p: int, d: int) -> int:
+    """E, two layers of a bidirectional LSTM of width d / 2 (two biases each, as torch has them), and the MLP."""
+    h = d // 2
+    return p * d + 2 * 2 * 4 * h * (d + h + 2) + 2 * (d * d + d)
+
+
+def compacter(n: int, reduction: int) -> Count:
+    def count(model: nn.Module) -> int:
+        d = geometry(model).hidden
+        m = d // reduction
+        return (len(attention(model)) + len(layers(model))) * (2 * (d + m) + m + d) + n**3
+
+    return count
+
+
+def unipelt(model: nn.Module) -> int:
+    """The three parts, and a gate of d + 1 for each LoRA layer, each attention and each bottleneck."""
+    d = geometry(model).hidden
+    names = ("q_proj", "v_proj", "query", "value", "q", "v", "c_attn")
+    targets = [linear for path, linear in linears(model).items() if path.rpartition(".")[2] in names]
+    gates = sum(widths(linear)[0] + 1 for linear in targets) + (len(attention(model)) + len(layers(model))) * (d + 1)
+    lora = sum(2 * sum(widths(linear)) for linear in targets)
+    return lora + prefixes(3, 8)(model) + bottlenecks(1, 4)(model) + gates
+
+
 def edits(r: int) -> Count:
     return lambda model: len(stacks(model)[0]) * (2 * r * geometry(model).hidden + r)
 
@@ -101,6 +126,38 @@ CASES = [
         "prompt",
         lambda m: 3 * geometry(m).hidden,
         {"prompt": {"num_virtual_tokens": 3}},
+        merges=False,
+        identity=False,
+    ),
+    Case(
+        "p_tuning",
+        lambda m: p_tuning(3, geometry(m).hidden),
+        {"prompt": {"num_virtual_tokens": 3}},
+        merges=False,
+        identity=False,
+    ),
+    Case(
+        "compacter",
+        compacter(2, 8),
+        {"compacter": {"phm_dim": 2, "reduction_factor": 8}},
+        merges=False,
+        identity=False,
+    ),
+    Case(
+        "mam",
+        lambda m: prefixes(3, 8)(m) + bottlenecks(1, 4)(m),
+        {"prefix": {"num_virtual_tokens": 3, "encoder_hidden_size": 8}, "bottleneck": {"bottleneck_size": 4}},
+        merges=False,
+        identity=False,
+    ),
+    Case(
+        "unipelt",
+        unipelt,
+        {
+            "lora": {"r": 2},
+            "prefix": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
+            "bottleneck": {"bottleneck_size": 4},
+        },
         merges=False,
         identity=False,
     ),

@@ -12,19 +12,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from lit_peft.adapter import Adapter, innermost, join
+from lit_peft.gates import Gates
 from lit_peft.mixin import PEFT
-from lit_peft.sites import geometry
+from lit_peft.selection import telling, told
+from lit_peft.sites import geometry, is_causal
 
 HOULSBY_STD = 1e-3
+DROP = "adapter_drop"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,11 @@ class BottleneckConfig:
             from a normal distribution of width 1e-3, cut at two widths.
         leave_out: numbers of the layers without adapters; AdapterDrop (https://arxiv.org/abs/2010.11918) leaves out the
             first ones.
+        random_drop: in training leave out the first n layers' adapters, with another n for every batch, so that the
+            trained adapters do without any number of them (AdapterDrop).
+        layer: set by the method: number of the layer that it sits in.
+        gate: multiply by a learned gate (UniPELT), or by a fixed number.
+        causal: set by the method: whether a token may not see those behind it.
         hidden_size: width d of the residual stream; None: the model's.
         peft_type: set by the method: what its folders are called.
 
@@ -55,6 +65,10 @@ class BottleneckConfig:
     dropout: float = 0.0
     init: Literal["zero", "houlsby"] = "zero"
     leave_out: list[int] | None = None
+    random_drop: bool = False
+    layer: int = 0
+    gate: bool | float = False
+    causal: bool = True
     hidden_size: int | None = None
     peft_type: str = "LIT_BOTTLENECK"
 
@@ -133,25 +147,33 @@ class Bottleneck(Adapter):
         self.bottleneck_down_bias[name] = nn.Parameter(torch.zeros(m, device=device))
         self.bottleneck_up[name] = nn.Parameter(up)
         self.bottleneck_up_bias[name] = nn.Parameter(torch.zeros(d, device=device))
+        if config.gate is not False:
+            if "bottleneck_gate" not in self._modules:
+                self.bottleneck_gate = Gates("bottleneck", d)
+            self.bottleneck_gate.add(name, device, None if config.gate is True else float(config.gate))
 
-    def branch(self, name: str, h: Tensor) -> Tensor:
-        """Return f(h), (..., d) -> (..., d), of one named set."""
+    def branch(self, name: str, h: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return f(h), (..., d) -> (..., d), of one named set; rows are the rows of the batch that h is of."""
         config: BottleneckConfig = self.configs[name]
-        if config.dropout:
-            h = F.dropout(h, config.dropout, self.training)
+        x = F.dropout(h, config.dropout, self.training) if config.dropout else h
         dtype = h.dtype
-        inner = F.linear(h, self.bottleneck_down[name].to(dtype), self.bottleneck_down_bias[name].to(dtype))
+        inner = F.linear(x, self.bottleneck_down[name].to(dtype), self.bottleneck_down_bias[name].to(dtype))
         inner = ACT2FN[config.activation](inner)
         out = F.linear(inner, self.bottleneck_up[name].to(dtype), self.bottleneck_up_bias[name].to(dtype))
-        return out if config.scale == 1 else out * config.scale
+        out = out if config.scale == 1 else out * config.scale
+        return out if config.gate is False else out * self.bottleneck_gate(name, h, config.causal, rows)
 
     def plus(self, y: Tensor, h: Tensor) -> Tensor:
         """Return y plus f(h) of every set that acts, each on its rows."""
         for name, rows in self.shares(h):
+            if self.configs[name].layer < (told(DROP) or 0):
+                if not (dist.is_available() and dist.is_initialized() and self.training):
+                    continue
+                rows = torch.empty(0, dtype=torch.long, device=h.device)  # DDP waits for a gradient from everything
             if rows is None:
                 y = y + self.branch(name, h)
             else:
-                y = y.index_add(0, rows, self.branch(name, h[rows]).to(y.dtype))
+                y = y.index_add(0, rows, self.branch(name, h[rows], rows).to(y.dtype))
         return y
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,6 +209,17 @@ class BottleneckBesideNorm(Bottleneck):
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Any:
         """Hand x + f(x) to the base in the place of x."""
         return self.base(hidden_states, self.plus(input_tensor, input_tensor))
+
+
+def dropped(layers: int) -> AbstractContextManager[None]:
+    """Leave out the bottleneck adapters of the first layers, in the calls made inside the `with` block (AdapterDrop).
+
+    Example:
+        >>> from lit_peft.methods.bottleneck import dropped
+        >>> # with dropped(5):
+        >>> #     faster = model(**batch).logits
+    """
+    return telling(**{DROP: layers})
 
 
 def first(out: Any) -> Tensor:
@@ -228,7 +261,19 @@ class Bottlenecks(PEFT):
         paths = [path for path, number in sites.items() if number not in left_out]
         if not paths:
             raise ValueError("bottleneck.leave_out leaves no layer to adapt.")
-        join(self.model, dict.fromkeys(paths, config), self.kind)
+        model = self.model
+        where = {path: replace(config, causal=is_causal(model, path), layer=sites[path]) for path in paths}
+        join(model, where, self.kind)
+        self.depth = max(sites.values()) + 1
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the task's step, with a random number of the first layers' adapters left out where that is asked."""
+        if not self.bottleneck.random_drop:
+            return super().training_step(*args, **kwargs)
+        # the same on every process, and after a resume
+        generator = torch.Generator().manual_seed(self.global_step if self._trainer is not None else 0)
+        with dropped(int(torch.randint(0, self.depth, (1,), generator=generator))):
+            return super().training_step(*args, **kwargs)
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take the settings from an adapter folder."""

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_peft.adapter import Adapter, innermost, join
+from lit_peft.adapter import Adapter, innermost, join, named_adapters
+from lit_peft.gates import Gates
 from lit_peft.mixin import PEFT
-from lit_peft.prefixed import KEYWORD, Prefix, prepare
-from lit_peft.sites import attention_cores, geometry, hosts
+from lit_peft.prefixed import GATE, KEYWORD, Prefix, prepare
+from lit_peft.sites import attention_cores, geometry, hosts, is_causal, is_linear, widths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class PrefixConfig:
         prefix_projection: train the rows through a network (the paper) instead of directly.
         encoder_hidden_size: width of that network's hidden layer.
         dropout: dropout on the rows.
+        gate: scale the prefix by a learned gate for each token (UniPELT), or by a fixed number.
 
     Raises:
         ValueError: if a value is out of range.
@@ -41,6 +43,7 @@ class PrefixConfig:
     prefix_projection: bool = True
     encoder_hidden_size: int = 512
     dropout: float = 0.0
+    gate: bool | float = False
 
     default_lr: ClassVar[float] = 8e-5
     peft_type: ClassVar[str] = "LIT_PREFIX"
@@ -153,6 +156,44 @@ class PrefixBackbone(Adapter):
         return out
 
 
+class PrefixGate(Adapter):
+    """Computes how much each token of an attention module's input attends to the prefix."""
+
+    peft_type = PrefixBackbone.peft_type
+    causal = True
+
+    def add(self, name: str, config: PrefixConfig) -> None:
+        """Make the gate of another named set."""
+        super().add(name, config)
+        base = innermost(self.base)
+        if "prefix_gate" not in self._modules:
+            first = next(module for module in base.modules() if is_linear(module))
+            self.prefix_gate = Gates("prefix", widths(first)[0])
+        device = next(base.parameters()).device
+        self.prefix_gate.add(name, device, None if config.gate is True else float(config.gate))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base with a gate (batch, length or 1, p) for the prefix."""
+        x = args[0] if args else kwargs["hidden_states"]
+        gates = []
+        for name, rows in self.shares(x):
+            p = self.configs[name].num_virtual_tokens
+            gate = self.prefix_gate(name, x if rows is None else x[rows], self.causal, rows)
+            if isinstance(gate, float):
+                gate = x.new_full((x.shape[0] if rows is None else len(rows), 1, 1), gate)
+            if rows is not None:
+                gate = x.new_zeros(x.shape[0], gate.shape[1], 1).index_copy(0, rows, gate)
+            gates.append(gate.expand(-1, -1, p))
+        if not gates:
+            return self.base(*args, **kwargs)
+        length = max(gate.shape[1] for gate in gates)
+        return self.base(*args, **kwargs, **{GATE: torch.cat([gate.expand(-1, length, -1) for gate in gates], -1)})
+
+
+def _gates(model: nn.Module) -> list[PrefixGate]:
+    return [adapter for _, adapter in named_adapters(model) if isinstance(adapter, PrefixGate)]
+
+
 class PrefixTuning(PEFT):
     """Prefix tuning on the task's model.
 
@@ -174,7 +215,13 @@ class PrefixTuning(PEFT):
         """Put a `PrefixBackbone` around every stack of layers."""
         super().place_adapters()
         assert self.model is not None
+        cores = {} if self.prefix.gate is False else dict.fromkeys(attention_cores(self.model), self.prefix)
+        causal = {path: is_causal(self.model, path) for path in cores}
         join(self.model, dict.fromkeys(hosts(self.model), self.prefix), lambda base: PrefixBackbone)
+        for path in attention_cores(self.model) if cores else []:  # their paths have changed
+            join(self.model, {path: self.prefix}, lambda base: PrefixGate)
+        for adapter, is_decoder in zip(_gates(self.model), causal.values(), strict=True):
+            adapter.causal = is_decoder
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take the settings from an adapter folder."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lit_peft.adapter import Adapter, innermost, join, named_adapters
 from lit_peft.mixin import PEFT
-from lit_peft.sites import attention_cores, geometry, hosts
+from lit_peft.sites import geometry, hosts, is_causal, stacks
 
 COMMONEST = 5000
 
@@ -76,12 +76,17 @@ class PromptBackbone(Adapter):
             nn.init.uniform_(rows, -0.5, 0.5)
         self.prompt_embedding[name] = nn.Parameter(rows)
 
+    def rows(self, name: str) -> Tensor:
+        """Return the prompt of one named set, (p, d)."""
+        rows: Tensor = self.prompt_embedding[name]
+        return rows
+
     def prompt(self, shares: list[tuple[str, Tensor | None]], batch: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows in front of each text, (batch, p, d), and which of them it has, (batch, p)."""
         rows: list[Tensor] = []
         seen: list[Tensor] = []
         for name, chosen in shares:
-            own = self.prompt_embedding[name].to(like.dtype)
+            own = self.rows(name).to(like.dtype)
             rows.append(own.expand(batch, -1, -1))
             there = torch.zeros(batch, own.shape[0], dtype=torch.bool, device=like.device)
             there[slice(None) if chosen is None else chosen] = True
@@ -189,10 +194,11 @@ class PromptTuning(PEFT):
     """
 
     method = "prompt"
+    backbone_class: ClassVar[type[PromptBackbone]] = PromptBackbone
 
     def __init__(self, *args: Any, prompt: PromptConfig = PromptConfig(), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.prompt = self.configured(PromptConfig, "prompt", prompt)
+        self.prompt: PromptConfig = self.configured(PromptConfig, "prompt", prompt)
 
     def place_adapters(self) -> None:
         """Put a `PromptBackbone` around what reads the prompt, and a `PromptReader` around a decoder behind it."""
@@ -200,12 +206,14 @@ class PromptTuning(PEFT):
         assert self.model is not None
         paths = hosts(self.model)
         inner: Any = self.model
-        encoder_only = not getattr(inner.config, "is_encoder_decoder", False) and not _causal(self.model)
+        encoder_only = not getattr(inner.config, "is_encoder_decoder", False) and not is_causal(
+            self.model, stacks(self.model)[0][0]
+        )
         after = encoder_only if self.prompt.after_bos is None else self.prompt.after_bos
-        config = replace(self.prompt, after_bos=after)
-        join(self.model, {paths[0]: config}, lambda base: PromptBackbone)
+        settings = replace(self.prompt, after_bos=after)
+        join(self.model, {paths[0]: settings}, lambda base: self.backbone_class)
         if len(paths) > 1:
-            join(self.model, dict.fromkeys(paths[1:], config), lambda base: PromptReader)
+            join(self.model, dict.fromkeys(paths[1:], settings), lambda base: PromptReader)
         self.start_prompt()
 
     def start_prompt(self) -> None:
@@ -230,17 +238,11 @@ class PromptTuning(PEFT):
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take the settings from an adapter folder."""
         super().adopt(config)
-        if config.get("peft_type") == PromptBackbone.peft_type:
-            known = {field.name for field in fields(PromptConfig)}
-            self.prompt = self.configured(PromptConfig, "prompt", {k: v for k, v in config.items() if k in known})
+        if config.get("peft_type") == self.backbone_class.peft_type:
+            kind = type(self.prompt)
+            known = {field.name for field in fields(kind)}
+            self.prompt = self.configured(kind, "prompt", {k: v for k, v in config.items() if k in known})
 
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`."""
-        return [*super().parts(), {"peft_type": PromptBackbone.peft_type, **asdict(self.prompt)}]
-
-
-def _causal(model: nn.Module) -> bool:
-    """Whether the first attention module of a model sees the past only."""
-    cores = attention_cores(model)
-    module = innermost(model.get_submodule(cores[0])) if cores else model
-    return bool(getattr(module, "is_causal", True))
+        return [*super().parts(), {"peft_type": self.backbone_class.peft_type, **asdict(self.prompt)}]

@@ -33,6 +33,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prefix": {"prefix": {"num_virtual_tokens": 3, "encoder_hidden_size": 8}},
     "p_tuning_v2": {"prefix": {"num_virtual_tokens": 3}},
     "prompt": {"prompt": {"num_virtual_tokens": 3}},
+    "p_tuning": {"prompt": {"num_virtual_tokens": 3}},
+    "compacter": {"compacter": {"phm_dim": 2, "reduction_factor": 8}},
+    "mam": {
+        "prefix": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
+        "bottleneck": {"bottleneck_size": 4},
+    },
+    "unipelt": {
+        "prefix": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
+        "bottleneck": {"bottleneck_size": 4},
+    },
     "loreft": {"reft": {"r": 2}},
     "direft": {"reft": {"r": 2}},
     "freeze": {"freeze": {"last_layers": 1}},
