@@ -82,16 +82,28 @@ class PromptBackbone(Adapter):
         return rows
 
     def prompt(self, shares: list[tuple[str, Tensor | None]], batch: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rows in front of each text, (batch, p, d), and which of them it has, (batch, p)."""
-        rows: list[Tensor] = []
-        seen: list[Tensor] = []
-        for name, chosen in shares:
-            own = self.rows(name).to(like.dtype)
-            rows.append(own.expand(batch, -1, -1))
-            there = torch.zeros(batch, own.shape[0], dtype=torch.bool, device=like.device)
-            there[slice(None) if chosen is None else chosen] = True
-            seen.append(there)
-        return torch.cat(rows, 1), torch.cat(seen, 1)
+        """Return the rows in front of each text, (batch, p, d), and which of them it has, (batch, p).
+
+        Rows of the batch with shorter prompts have theirs at the end, next to the text, as they would have alone.
+        """
+        sets = [(self.rows(name).to(like.dtype), chosen) for name, chosen in shares]
+        if all(chosen is None for _, chosen in sets):
+            whole = torch.cat([own for own, _ in sets])
+            return whole.expand(batch, -1, -1), torch.ones(batch, len(whole), dtype=torch.bool, device=like.device)
+        every = torch.arange(batch, device=like.device)
+        length = torch.zeros(batch, dtype=torch.long, device=like.device)
+        for own, chosen in sets:
+            length[every if chosen is None else chosen] += len(own)
+        p = int(length.max())
+        start = p - length
+        seen = torch.arange(p, device=like.device) >= start[:, None]
+        prompt = like.new_zeros(batch, p, self.hidden_size)
+        for own, chosen in sets:
+            rows = every if chosen is None else chosen
+            place = start[rows, None] + torch.arange(len(own), device=like.device)
+            prompt = prompt.index_put((rows[:, None], place), own.expand(len(rows), -1, -1))
+            start = start.index_add(0, rows, torch.full_like(rows, len(own)))
+        return prompt, seen
 
     def forward(
         self,
@@ -124,7 +136,7 @@ class PromptBackbone(Adapter):
         if given is not None:
             moved = given + seen.sum(1, keepdim=True)
             if not past:
-                own = torch.arange(at, at + p, device=given.device).expand(batch, -1)
+                own = (seen.long().cumsum(1) - 1).clamp(min=0) + at
                 moved = torch.cat([given[:, :at].expand(batch, -1), own, moved[:, at:]], 1)
             kwargs["position_ids"] = moved
         if past:  # the prompt is in the cache
@@ -170,16 +182,19 @@ class PromptReader(Adapter):
             return self.base(*args, **kwargs)
         shares = self.shares(states)
         if mask is None:
-            total = states.shape[1] - sum(self.configs[name].num_virtual_tokens for name, _ in shares)
+            # without a mask the whole text is there; what is longer is the longest row's prompt
+            own: dict[int, int] = {}
+            for name, rows in shares:
+                for row in range(states.shape[0]) if rows is None else rows.tolist():
+                    own[row] = own.get(row, 0) + self.configs[name].num_virtual_tokens
+            total = states.shape[1] - max(own.values(), default=0)
             mask = torch.ones(states.shape[0], total, dtype=torch.long, device=states.device)
-        front = []
+        length = mask.new_zeros(mask.shape[0])
         for name, rows in shares:
-            seen = torch.zeros(
-                mask.shape[0], self.configs[name].num_virtual_tokens, dtype=mask.dtype, device=mask.device
-            )
-            seen[slice(None) if rows is None else rows] = 1
-            front.append(seen)
-        return self.base(*args, **{**kwargs, "encoder_attention_mask": torch.cat([*front, mask], 1)})
+            length[slice(None) if rows is None else rows] += self.configs[name].num_virtual_tokens
+        p = states.shape[1] - mask.shape[1]
+        front = (torch.arange(p, device=mask.device) >= p - length[:, None]).to(mask)
+        return self.base(*args, **{**kwargs, "encoder_attention_mask": torch.cat([front, mask], 1)})
 
 
 class PromptTuning(PEFT):
