@@ -135,6 +135,13 @@ class Adapter(nn.Module):
             if key.endswith(f".{name}")
         }
 
+    def check_tensors(self, tensors: Mapping[str, Tensor], name: str = "default") -> None:
+        """See that tensors of the right shapes are ones that this adapter can hold; most hold any.
+
+        Raises:
+            ValueError: if not.
+        """
+
     def load_tensors(self, tensors: Mapping[str, Tensor], name: str = "default") -> None:
         """Copy `{file key: tensor}` into one named set; the inverse of `tensors`.
 

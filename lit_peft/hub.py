@@ -25,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lit_peft import __version__
-from lit_peft.adapter import Adapter, named_adapters
-from lit_peft.targets import KEYS, shortest_targets
+from lit_peft.adapter import Adapter, innermost, named_adapters
+from lit_peft.targets import KEYS, OWN, bare, file_key, layer_settings, shortest_targets
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -55,7 +55,8 @@ def write(
         folder: where to write. It appears as a whole, only when everything is written; an adapter that lit_peft wrote
             there before is replaced.
         model: the adapted model.
-        parts: each method's part of `adapter_config.json`; the `peft_type` says which adapters it owns.
+        parts: each method's part of `adapter_config.json`; the `peft_type` says which adapters it owns. What it keeps
+            under `lit_peft`, words that PEFT lacks, goes to `lit_peft.json` and comes back from there.
         declared: existing weights that were trained in place, by path in the model.
         base: `name`, `revision` and `sha` of the base model.
         task_type: PEFT's `CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, ...
@@ -98,6 +99,9 @@ def write(
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         meta = {**(notes or {}), "lit_peft_version": __version__, "base": dict(base)}
+        own = {kind: part[OWN] for kind, part in zip(kinds, parts, strict=True) if part.get(OWN)}
+        if own:
+            meta["settings"] = own
         if stacked:
             meta["stack"] = list(files)
         for part_name, (config, tensors) in files.items():
@@ -158,18 +162,25 @@ def _part(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     paths = []
+    layers: dict[str, Mapping[str, Any]] = {}
     for path, adapter in _owned(model, part["peft_type"]):
+        if name not in adapter.configs:
+            continue
         paths.append(bare(path))
+        settings = getattr(type(adapter), "settings", None)  # of the class: an instance would ask its base too
+        if settings is not None:
+            layers[bare(path)] = settings(adapter, name)
         for leaf, tensor in adapter.tensors(name).items():
             tensors[f"{PREFIX}{bare(path)}.{leaf}"] = _full(tensor)
     for path, tensor in declared.items():
-        tensors[f"{PREFIX}{bare(path)}"] = _full(tensor)
-    config = dict(part)
+        tensors[f"{PREFIX}{file_key(path, paths)}"] = _full(tensor)
+    config = {**part, **layer_settings(layers)}
+    config.pop(OWN, None)
     if paths:
         # A method of ours may keep the user's own words; what PEFT reads must name exactly the adapted layers.
         config.setdefault("target_modules", shortest_targets(paths, [bare(path) for path, _ in model.named_modules()]))
     if paths and declared:
-        config["modules_to_save"] = _whole_modules(model, declared)
+        config["modules_to_save"] = _whole_modules(model, declared) or None
     # One copy each: safetensors refuses tensors that share memory (tied weights are trained and saved once).
     return config, {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
 
@@ -187,11 +198,6 @@ def _whole_modules(model: nn.Module, declared: Mapping[str, Tensor]) -> list[str
     return sorted(bare(path) for path in whole if path.rpartition(".")[0] not in whole)
 
 
-def bare(path: str) -> str:
-    """Drop what adapters add to a path: the saved name is the module's name in the plain model."""
-    return ".".join(piece for piece in path.split(".") if piece != "base")
-
-
 def _owned(model: nn.Module, peft_type: str) -> list[tuple[str, Adapter]]:
     return [(path, a) for path, a in named_adapters(model) if getattr(type(a), "peft_type", None) == peft_type]
 
@@ -207,11 +213,13 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
         ValueError: if a file cannot be read.
     """
     configs = []
+    own = read_meta(folder).get("settings", {})
     for part in part_folders(folder):
         config = _read_json(part / CONFIG)
         if not config.get("peft_type"):
             raise ValueError(f"{part / CONFIG} has no peft_type, so the method is not known. Add it to the file.")
-        configs.append({**config, KEYS: [_plain(key, part) for key in shapes(part / WEIGHTS)]})
+        keys = [_plain(key, part) for key in shapes(part / WEIGHTS)]
+        configs.append({**config, KEYS: keys, OWN: own.get(config["peft_type"])})
     return configs
 
 
@@ -294,7 +302,9 @@ def read(
     for part, config in zip(part_folders(folder), configs, strict=True):
         file = part / WEIGHTS
         left = {_plain(key, part): tensor for key, tensor in load_tensors(file).items()}
-        for path, adapter in _owned(model, config["peft_type"]):
+        owned = [(path, a) for path, a in _owned(model, config["peft_type"]) if name in a.configs]
+        wrapped = {bare(path) for path, _ in owned}
+        for path, adapter in owned:
             mine = {}
             for leaf, target in adapter.tensors(name).items():
                 key = f"{bare(path)}.{leaf}"
@@ -303,10 +313,14 @@ def read(
                         f"{file} lacks {key!r}, for a layer that is adapted here. Is it another adapter's?"
                     )
                 mine[leaf] = _fit(file, key, target, left.pop(key))
+            adapter.check_tensors(mine, name)
             fitting.append((adapter, mine))
-        for path in [path for path in unfilled if bare(path) in left]:
+            copied = left.pop(f"{bare(path)}.base_layer.weight", None)  # PEFT repeats the tables that it adapts
+            if copied is not None:
+                _same_base(file, bare(path), innermost(adapter).get_parameter("weight").detach(), copied)
+        for path in [path for path in unfilled if file_key(path, wrapped) in left]:
             target = unfilled.pop(path)
-            in_place.append((target, _fit(file, path, target, left.pop(bare(path)))))
+            in_place.append((target, _fit(file, path, target, left.pop(file_key(path, wrapped)))))
         if left:
             raise ValueError(
                 f"{file} holds {len(left)} tensors with no place in this model, such as {sorted(left)[0]!r}. "
@@ -326,6 +340,19 @@ def _fit(file: Path, key: str, target: Tensor, tensor: Tensor) -> Tensor:
         shown = f"{tuple(tensor.shape)} in {file}, {tuple(target.shape)} in this model"
         raise ValueError(f"Shapes differ for {key!r}: {shown}. Is it an adapter of another base model?")
     return tensor
+
+
+def _same_base(file: Path, path: str, base: Tensor, copied: Tensor) -> None:
+    same = base.shape == copied.shape
+    if same and not hasattr(base, "full_tensor"):  # sharded: the base's identity must do
+        # either may be the other, rounded
+        coarse = min(base.dtype, copied.dtype, key=lambda dtype: dtype.itemsize)
+        same = torch.equal(base.to("cpu", coarse), copied.to(coarse))
+    if not same:
+        raise ValueError(
+            f"{file} holds a weight of its own for {path!r}, which is not this base model's. Was its vocabulary "
+            "resized, or is it an adapter of another base model?"
+        )
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

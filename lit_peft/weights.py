@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+FOLDS = (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def dense(layer: nn.Module) -> Tensor:
     """Return the weight of a linear layer as (out, in), detached, in its own dtype, gathered where it is sharded.
@@ -33,15 +35,15 @@ def dense(layer: nn.Module) -> Tensor:
 
 
 def fold(layer: nn.Module, delta: Tensor) -> None:
-    """Add delta (out, in) to the weight of a linear layer: in float32, rounded once to the layer's dtype.
+    """Add delta to the weight of a linear layer (out, in), table or kernel: in float32, rounded once to its dtype.
 
     The weight becomes a new parameter, so that what was tied to the old one (an output embedding) keeps its values.
 
     Raises:
-        TypeError: if the layer is quantised, or no linear layer.
+        TypeError: if the layer is quantised, or of another kind.
     """
     weight = layer.get_parameter("weight")
-    if not isinstance(layer, (nn.Linear, Conv1D)) or not weight.is_floating_point():
+    if not isinstance(layer, FOLDS) or not weight.is_floating_point():
         kind = type(layer).__name__
         raise TypeError(f"Cannot merge into a {kind} layer. Load the base unquantised to merge.")
     change = delta.t() if isinstance(layer, Conv1D) else delta

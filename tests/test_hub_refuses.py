@@ -108,7 +108,10 @@ def more(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 DAMAGES: dict[str, tuple[Any, str]] = {
     "no prefix": (lambda f: retensored(f, renamed("base_model.model.", "")), "must start with 'base_model.model.'"),
     "wrong module": (lambda f: retensored(f, renamed("self_attn", "attention")), "this model has no such module"),
-    "wrong leaf": (lambda f: retensored(f, renamed("lora_A", "lora_Q")), "holds no 'lora_A.weight'|lacks weights"),
+    "wrong leaf": (
+        lambda f: retensored(f, renamed("lora_A", "lora_Q")),
+        "holds no 'lora_A.weight' or 'lora_embedding_A'|lacks weights",
+    ),
     "missing layer": (
         lambda f: retensored(f, without("layers.1.")),
         "lacks weights for 7 of them, such as 'model.layers",
@@ -130,9 +133,11 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "another method": (lambda f: edited(f, peft_type="LIT_FREEZE"), "holds LIT_FREEZE, but this model has LORA"),
     "no targets": (lambda f: edited(f, target_modules=None), "names no target_modules"),
     "dora": (lambda f: edited(f, use_dora=True), "use_dora=True"),
-    "bias": (lambda f: edited(f, bias="all"), "bias='all'"),
     "lora_bias": (lambda f: edited(f, lora_bias=True), "lora_bias=True"),
-    "rank_pattern": (lambda f: edited(f, rank_pattern={"q_proj": 4}), "rank_pattern="),
+    "rank_pattern": (
+        lambda f: edited(f, rank_pattern={"q_proj": 2}),
+        "Shapes differ for 'model.layers.0.self_attn.q_proj",
+    ),
     "tokens": (lambda f: edited(f, trainable_token_indices=[1]), "trainable_token_indices="),
     "a future setting": (lambda f: edited(f, use_warp=True), "use_warp=True"),
     "pissa": (lambda f: edited(f, init_lora_weights="pissa_niter_4"), "changed its base model"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,19 +35,33 @@ class LoRALinear(Adapter):
     peft_type: ClassVar[str] = "LORA"
 
     def add(self, name: str, config: LoRAConfig) -> None:
-        """Make A (r, in) and B (out, r) of another named set."""
+        """Make A (r, in) and B (out, r) of another named set.
+
+        Raises:
+            ValueError: if the name is taken, or this or another set trains weights of the base itself.
+        """
+        if self.configs and any(c.bias != "none" or c.modules_to_save for c in (config, *self.configs.values())):
+            raise ValueError(
+                f"lora.bias and lora.modules_to_save train the base itself, which all named adapters share: {name!r} "
+                "cannot stand beside another set here. Leave both out to hold several adapters."
+            )
         super().add(name, config)
         if "lora_a" not in self._modules:
             self.lora_a = nn.ParameterDict()
             self.lora_b = nn.ParameterDict()
-        wide, tall = widths(innermost(self.base))
         device = next(self.base.parameters()).device
-        a = torch.empty(config.r, wide, device=device, dtype=torch.float32)
-        b = torch.zeros(tall, config.r, device=device, dtype=torch.float32)
+        first, second = self.shapes(config)
+        a = torch.empty(first, device=device, dtype=torch.float32)
+        b = torch.zeros(second, device=device, dtype=torch.float32)
         if device.type != "meta":
             self.start(a, b, config)
         self.lora_a[name] = nn.Parameter(a)
         self.lora_b[name] = nn.Parameter(b)
+
+    def shapes(self, config: LoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of the parameters A and B."""
+        wide, tall = widths(innermost(self.base))
+        return (config.r, wide), (tall, config.r)
 
     def start(self, a: Tensor, b: Tensor, config: LoRAConfig) -> None:
         """Fill A (r, in), empty so far, and B (out, r), zero so far, with their starting values."""
@@ -56,16 +70,21 @@ class LoRALinear(Adapter):
     def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s B A dropout(x): (..., in), (..., out) -> (..., out)."""
         config: LoRAConfig = self.configs[name]
-        a, b = self.lora_a[name], self.lora_b[name]
+        a, b = self.pair(name)
         h: Tensor = F.dropout(x, config.dropout, self.training) if config.dropout else x
         h = F.linear(h, a.to(h.dtype))
         # addmm adds B h to y in one pass, with no temporary of the output's size
         rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype)
         return torch.addmm(rows, h, b.t().to(y.dtype), alpha=config.scale).view(y.shape)
 
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return A (rank, in) and B (out, rank) as they are multiplied."""
+        return self.lora_a[name], self.lora_b[name]
+
     def delta(self, name: str) -> Tensor:
-        """Return s B A, (out, in), in float32."""
-        delta: Tensor = self.configs[name].scale * (self.lora_b[name].float() @ self.lora_a[name].float())
+        """Return the change of the weight s B A, (out, in), in float32."""
+        a, b = self.pair(name)
+        delta: Tensor = self.configs[name].scale * (b.float() @ a.float())
         return delta
 
     def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
@@ -79,3 +98,15 @@ class LoRALinear(Adapter):
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return A and B under HF PEFT's names."""
         return {"lora_A.weight": self.lora_a[name].detach(), "lora_B.weight": self.lora_b[name].detach()}
+
+    def stored_rank(self, name: str) -> int:
+        """Return the rank of A and B as `tensors` gives them, more than r where a layer holds several pairs."""
+        return int(self.configs[name].r)
+
+    def settings(self, name: str = "default") -> dict[str, Any]:
+        """Return this layer's settings under HF PEFT's names, so that s stays what it is for the stored rank."""
+        config: LoRAConfig = self.configs[name]
+        rank, alpha = self.stored_rank(name), config.alpha
+        if rank != config.r:
+            alpha *= math.sqrt(rank / config.r) if config.use_rslora else rank / config.r
+        return {"r": rank, "lora_alpha": alpha, "use_rslora": config.use_rslora}

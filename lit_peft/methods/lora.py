@@ -10,28 +10,45 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_peft.adapter import Adapter, innermost, join, named_adapters
+from lit_peft.adapter import Adapter, innermost, join, named_adapters, remember
+from lit_peft.low_rank.convolution import CONVOLUTIONS, LoRAConv, check_groups
+from lit_peft.low_rank.embedding import LoRAEmbedding
+from lit_peft.low_rank.fused import LoRAFused, is_fused, note_slices
+from lit_peft.low_rank.in_place import bias_names, inside, parameters_of, refuse_unused, untie, whole_modules
 from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.mixin import PEFT
-from lit_peft.sites import match
-from lit_peft.targets import KEYS, stored_targets
+from lit_peft.sites import is_linear, match
+from lit_peft.targets import (
+    KEYS,
+    OWN,
+    bare,
+    find,
+    fits,
+    patterns,
+    saved_modules,
+    stored_layers,
+    stored_targets,
+)
 
 # PEFT's settings that leave plain LoRA's formula as it is, or are read below; any other must be off.
 PLAIN = frozenset(
     "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version runtime_config "
     "r lora_alpha lora_dropout use_rslora target_modules exclude_modules layers_to_transform layers_pattern "
     "modules_to_save fan_in_fan_out init_lora_weights loftq_config eva_config corda_config lora_ga_config "
-    f"velora_config megatron_core qalora_group_size ensure_weight_tying {KEYS}".split()
+    "velora_config megatron_core qalora_group_size ensure_weight_tying "
+    f"rank_pattern alpha_pattern bias {KEYS} {OWN}".split()
 )
 # Values of init_lora_weights that do not change the base; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do.
 KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+# What each adapted layer has in a file: linear layers and convolutions, embeddings.
+LEAVES = ("lora_A.weight", "lora_embedding_A")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +59,12 @@ class LoRAConfig:
         r: rank of the update.
         alpha: numerator of the scale s = alpha / r.
         dropout: dropout on the adapter's input.
-        target_modules: which linear layers: `all-linear`, a role (`attention`, `feed-forward`), a list of endings of
-            module paths, or one regular expression over whole paths.
+        target_modules: which layers: `all-linear`, a role (`attention`, `feed-forward`), a list of endings of module
+            paths, or one regular expression over whole paths. Named ones may be embeddings and convolutions too.
         exclude_modules: layers to leave out, written like target_modules; wins over it.
         layers_to_transform: only these transformer layers, by number; None: all.
-        rank_pattern: ranks of single layers, by a regular expression for the end of the path: `{"q_proj": 16}`.
+        rank_pattern: ranks of single layers, by a regular expression for the end of the path: `{"q_proj": 16}`. Two
+            that fit one layer must agree.
         alpha_pattern: alphas of single layers, written like rank_pattern.
         modules_to_save: modules that are trained whole and saved with the adapter, by the end of their path.
         bias: which biases of the base are trained too: `none`, `all`, or `lora_only` for those of adapted layers.
@@ -54,8 +72,8 @@ class LoRAConfig:
         use_dora: train a magnitude for each output, and the low rank for the direction only (DoRA).
         init_lora_weights: how A and B start: `default` (Kaiming-uniform A, zero B), `gaussian`, `orthogonal`, or from
             the base's weight (`pissa`, `olora`), or from its inputs (`eva`).
-        enable_lora: for fused query-key-value layers: which of the three get an update of their own; None: one update
-            for the whole layer.
+        enable_lora: for fused query-key-value layers: which of the three get an update of their own, such as
+            `[true, false, true]`; None: one update for the whole layer.
         loraplus_lr_ratio: learning rate of B over that of A (LoRA+).
         loraplus_lr_embedding: learning rate of adapted embeddings under LoRA+.
 
@@ -83,14 +101,34 @@ class LoRAConfig:
     default_lr: ClassVar[float] = 2e-4
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"lora.r is {self.r}; the rank must be 1 or more.")
+        _check_rank("lora.r", self.r)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1.")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"lora.alpha is {self.alpha}; it must be above 0.")
+        _check_alpha("lora.alpha", self.alpha)
         if not self.target_modules:
             raise ValueError("lora.target_modules is empty. Name some, or leave it out for all linear layers.")
+        for kind, entries, check in (
+            ("rank_pattern", self.rank_pattern, _check_rank),
+            ("alpha_pattern", self.alpha_pattern, _check_alpha),
+        ):
+            for pattern, value in entries.items():
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(f"lora.{kind} has {pattern!r}, no regular expression: {error}.") from None
+                check(f"lora.{kind}[{pattern!r}]", value)
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f"lora.bias is {self.bias!r}; it must be 'none', 'all' or 'lora_only'.")
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"lora.modules_to_save is {self.modules_to_save!r}; it must be a list of names.")
+        if self.enable_lora is not None:
+            if len(self.enable_lora) != 3 or not any(self.enable_lora):
+                raise ValueError(
+                    f"lora.enable_lora is {self.enable_lora}; it must say true or false for each of q, k, v."
+                )
+            if self.use_dora or self.init_lora_weights != "default":
+                what = "use_dora" if self.use_dora else f"init_lora_weights={self.init_lora_weights!r}"
+                raise ValueError(f"lora.enable_lora does not go with {what}: it has a pair A, B for each slice.")
 
     @property
     def scale(self) -> float:
@@ -98,9 +136,36 @@ class LoRAConfig:
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def at(self, path: str) -> LoRAConfig:
-        """Return the settings of one layer: rank and alpha as the patterns say."""
-        r, alpha = _find(self.rank_pattern, path, self.r), _find(self.alpha_pattern, path, self.alpha)
+        """Return the settings of one layer: rank and alpha as the first pattern says that fits."""
+        path = bare(path)
+        r, alpha = find(self.rank_pattern, path, self.r), find(self.alpha_pattern, path, self.alpha)
         return self if (r, alpha) == (self.r, self.alpha) else replace(self, r=r, alpha=alpha)
+
+    def of_layers(self, paths: Iterable[str]) -> dict[str, LoRAConfig]:
+        """Return `{path: settings}` for the layers to adapt.
+
+        Raises:
+            ValueError: if a pattern fits none of them, or two that fit one layer disagree.
+        """
+        paths = list(paths)
+        for kind, entries in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            fitting = {key: [path for path in paths if fits(key, bare(path))] for key in entries}
+            for key, found in fitting.items():
+                if not found:
+                    leaves = sorted({path.rpartition(".")[2] for path in paths})
+                    raise ValueError(
+                        f"lora.{kind} has {key!r}, which fits none of the {len(paths)} adapted layers; they end in "
+                        f"{leaves}."
+                    )
+            for path in paths:
+                keys = [key for key, found in fitting.items() if path in found]
+                other = next((key for key in keys if entries[key] != entries[keys[0]]), None)
+                if other is not None:
+                    raise ValueError(
+                        f"lora.{kind} has both {keys[0]!r} ({entries[keys[0]]}) and {other!r} ({entries[other]}) for "
+                        f"{bare(path)!r}. Make one of them fit fewer layers."
+                    )
+        return {path: self.at(path) for path in paths}
 
     def to_peft(self) -> dict[str, Any]:
         """Return the settings under HF PEFT's names."""
@@ -110,7 +175,7 @@ class LoRAConfig:
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "use_rslora": self.use_rslora,
-            "bias": "none",
+            "bias": self.bias,
         }
 
     @classmethod
@@ -137,16 +202,36 @@ class LoRAConfig:
             dropout=config.get("lora_dropout", 0.0),
             target_modules=config["target_modules"],
             exclude_modules=config.get("exclude_modules"),
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
+            bias=config.get("bias", "none"),
             use_rslora=config.get("use_rslora", False),
         )
 
 
-def _find(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)), default)
+def _check_rank(what: str, value: int) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{what} is {value}; the rank must be 1 or more.")
+
+
+def _check_alpha(what: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{what} is {value}; it must be above 0.")
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether LoRA can stand around a module that is named."""
+    return is_linear(module) or isinstance(module, (nn.Embedding, *CONVOLUTIONS))
 
 
 def layer_class(config: LoRAConfig, module: nn.Module) -> type[Adapter]:
     """Return the class of adapter for one module."""
+    if isinstance(module, nn.Embedding):
+        return LoRAEmbedding
+    if isinstance(module, CONVOLUTIONS):
+        return LoRAConv
+    if config.enable_lora is not None and is_fused(module):
+        return LoRAFused
     return LoRALinear
 
 
@@ -168,12 +253,48 @@ class LoRA(PEFT):
         super().__init__(*args, **kwargs)
         self.lora = self.configured(LoRAConfig, "lora", lora, **self.preset)
 
+    _in_place: frozenset[str] = frozenset()  # what is trained of the base itself, by name in the plain model
+
     def place_adapters(self) -> None:
-        """Put a `LoRALinear` around every target."""
+        """Put an adapter of the right kind around every target; note which weights of the base are trained too.
+
+        Raises:
+            ValueError: if targets, patterns or modules do not fit this model; nothing is changed then.
+        """
         super().place_adapters()
         assert self.model is not None
-        paths = match(self.model, self.lora.target_modules, exclude_modules=self.lora.exclude_modules)
-        join(self.model, {path: self.lora.at(path) for path in paths}, lambda base: layer_class(self.lora, base))
+        model, config = self.model, self.lora
+        saved = whole_modules(model, config.modules_to_save)
+        paths = match(
+            model,
+            config.target_modules,
+            exclude_modules=config.exclude_modules,
+            layers_to_transform=config.layers_to_transform,
+            kinds=adaptable,
+        )
+        refuse_unused(model, [*map(bare, paths), *saved])
+        paths = [path for path in paths if not inside(bare(path), saved)]
+        if not paths:
+            raise ValueError(f"lora.modules_to_save {config.modules_to_save} leaves no layer to adapt. Name fewer.")
+        layers = config.of_layers(paths)
+        for path in paths:
+            base = innermost(model.get_submodule(path))
+            if isinstance(base, CONVOLUTIONS):
+                check_groups(layers[path], base)
+        if config.enable_lora is not None:
+            note_slices(model, paths)
+        in_place = bias_names(model, config.bias, paths) | parameters_of(model, saved)
+        join(model, layers, lambda base: layer_class(config, base))
+        untie(model, saved)
+        remember(
+            model,
+            [(n, p) for n, p in model.named_parameters() if bare(n) in in_place and not self.is_trainable(n, p)],
+        )
+        self._in_place = frozenset(in_place)
+
+    def is_trainable(self, name: str, parameter: nn.Parameter) -> bool:
+        """Modules to save and the chosen biases are."""
+        return super().is_trainable(name, parameter) or (bool(self._in_place) and bare(name) in self._in_place)
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take rank, scale and targets from an adapter folder.
@@ -185,15 +306,45 @@ class LoRA(PEFT):
         if config.get("peft_type") == "LORA":
             assert self.model is not None
             plain = LoRAConfig.from_peft(config)  # refuses what is no plain LoRA before its layers are looked at
-            targets = stored_targets(config, "lora_A.weight", (path for path, _ in self.model.named_modules()))
-            self.lora = self.configured(LoRAConfig, "lora", plain, target_modules=targets, exclude_modules=None)
+            modules = [bare(path) for path, _ in self.model.named_modules()]
+            targets = stored_targets(config, LEAVES, modules)
+            layers = {path: plain.at(path) for path in stored_layers(config, LEAVES)}
+            found = {
+                "rank_pattern": patterns({path: layer.r for path, layer in layers.items()}, plain.r),
+                "alpha_pattern": patterns({path: layer.alpha for path, layer in layers.items()}, plain.alpha),
+                **(config.get(OWN) or {}),
+            }
+            self.lora = self.configured(
+                LoRAConfig,
+                "lora",
+                plain,
+                target_modules=targets,
+                exclude_modules=None,
+                modules_to_save=self._saved(self.model, config, modules) or None,
+                bias=plain.bias if any(key.endswith(".bias") for key in config[KEYS]) else "none",
+                **found,
+            )
+
+    def _saved(self, model: nn.Module, config: Mapping[str, Any], modules: list[str]) -> list[str]:
+        """Return the modules that a folder holds whole, but for those that the task trains anyway (its head)."""
+        found = saved_modules(config, modules)
+        return [
+            path
+            for path in found
+            if not inside(path, [other for other in found if other != path])
+            and not all(self.is_trainable(f"{path}.{n}", p) for n, p in model.get_submodule(path).named_parameters())
+        ]
 
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`."""
         assert self.model is not None
         placed = (innermost(a) for _, a in named_adapters(self.model) if isinstance(a, LoRALinear))
         # PEFT sets this by itself on GPT-2, with a warning
-        return [*super().parts(), {**self.lora.to_peft(), "fan_in_fan_out": any(isinstance(m, Conv1D) for m in placed)}]
+        part = {**self.lora.to_peft(), "fan_in_fan_out": any(isinstance(m, Conv1D) for m in placed)}
+        if self.lora.enable_lora is not None:  # PEFT reads one pair of a higher rank; these say what it is made of
+            words = ("enable_lora", "r", "alpha", "rank_pattern", "alpha_pattern")
+            part[OWN] = {word: getattr(self.lora, word) for word in words}
+        return [*super().parts(), part]
 
 
 class RsLoRA(LoRA):

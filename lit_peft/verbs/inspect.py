@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_peft import hub
 from lit_peft.catalogue import FACTS
 from lit_peft.saved import locate, merge_summary, method_of, read_checkpoint
-from lit_peft.targets import KEYS
+from lit_peft.targets import KEYS, bare
 
 COLUMNS = 7  # norms beside each other that 80 characters hold
 # Adapters' own tensors are named method-first: lora_a, lora_A.weight, bitfit_bias, ...
@@ -86,7 +86,7 @@ def _checkpoint(path: Path) -> Contents:
         "versions": ", ".join(f"{key} {value}" for key, value in versions.items() if value),
     }
     size = f"checkpoint, {path.stat().st_size / 1e6:.1f} MB"
-    return Contents(size, facts, {hub.bare(key): tensor for key, tensor in state.items()}, scales)
+    return Contents(size, facts, {bare(key): tensor for key, tensor in state.items()}, scales)
 
 
 def _adapter(folder: Path) -> Contents:
