@@ -302,6 +302,7 @@ def read(
     for part, config in zip(part_folders(folder), configs, strict=True):
         file = part / WEIGHTS
         left = {_plain(key, part): tensor for key, tensor in load_tensors(file).items()}
+        left = {key: tensor for key, tensor in left.items() if not _repeats(key, left)}
         owned = [(path, a) for path, a in _owned(model, config["peft_type"]) if name in a.configs]
         wrapped = {bare(path) for path, _ in owned}
         for path, adapter in owned:
@@ -340,6 +341,11 @@ def _fit(file: Path, key: str, target: Tensor, tensor: Tensor) -> Tensor:
         shown = f"{tuple(tensor.shape)} in {file}, {tuple(target.shape)} in this model"
         raise ValueError(f"Shapes differ for {key!r}: {shown}. Is it an adapter of another base model?")
     return tensor
+
+
+def _repeats(key: str, stored: Iterable[str]) -> bool:
+    """Whether a tensor is there twice: with bias=all PEFT also stores both copies of a module to save, as biases."""
+    return ".original_module." in key or key.replace(".modules_to_save.", ".") in {*stored} - {key}
 
 
 def _same_base(file: Path, path: str, base: Tensor, copied: Tensor) -> None:

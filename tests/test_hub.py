@@ -108,6 +108,7 @@ def test_peft_reads_other_layers(tmp_path: Path, kind: str, settings: Any) -> No
 def test_slices_are_saved_as_one_exact_pair(tmp_path: Path, targets: Any, stable: bool) -> None:
     config = LoRAConfig(
         r=2,
+        alpha=2,
         target_modules=targets,
         enable_lora=[True, False, True],
         rank_pattern={r".*\.1\.attn\.c_attn": 3},
@@ -142,6 +143,7 @@ def test_convolutions_both_ways(tmp_path: Path, dims: int) -> None:
         def configure_model(self) -> None:
             AdaptableModule.configure_model(self)
             self.model = convolved(dims)
+            self.peft_task_type = None
 
     class Ours(LoRA, Convolved): ...
 
