@@ -91,7 +91,7 @@ def write_merged(
             f"The merged model differs from the adapted one by {differences['float32']:.2g} in float32 (largest logit "
             f"{scale:.3g}, atol {atol:g}); nothing was written. Export the adapter instead, or raise atol."
         )
-    created = fit_biases(model)
+    created, untied = fit_biases(model), fit_ties(model)
     if half is not None:
         in_half = model if wanted == torch.bfloat16 else copy.deepcopy(model)
         differences["bfloat16"] = _distance(_answers(_cast_base(in_half, torch.bfloat16), probes), half)
@@ -105,6 +105,7 @@ def write_merged(
         "atol": atol,
         "merged": kinds,
         "zero_biases_added": created,
+        "untied": untied,
         "base": getattr(module, "base_identity", dict)(),
         "lit_peft_version": __version__,
     }
@@ -272,6 +273,32 @@ def fit_biases(model: nn.Module) -> int:
         weight: Any = layer.weight
         setattr(layer, leaf, nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype), requires_grad=False))
     return len(missing)
+
+
+def fit_ties(model: nn.Module) -> bool:
+    """Make the configuration say that weights are not tied, where a merge changed one of them and not the other.
+
+    Loading the folder would tie them again. A configuration ties all or none, so those still tied get copies.
+
+    Args:
+        model: a merged transformers model.
+
+    Returns:
+        Whether the weights had to be untied.
+    """
+    held = dict(model.named_parameters(remove_duplicate=False))
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs = [(target, source) for target, source in tied.items() if target in held and source in held]
+    if all(held[target] is held[source] for target, source in pairs):
+        return False
+    for target, source in pairs:
+        if held[target] is held[source]:
+            path, _, leaf = target.rpartition(".")
+            setattr(model.get_submodule(path), leaf, nn.Parameter(held[target].detach().clone(), requires_grad=False))
+    config: Any = model.config
+    config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+    return True
 
 
 def _announced(kind: type[nn.Module], config: Any) -> set[str]:
