@@ -29,6 +29,10 @@ def lora_count(r: int) -> Count:
     return lambda model: sum(r * sum(widths(linear)) for linear in linears(model).values())
 
 
+def ranks_by_layer(model: nn.Module) -> int:
+    return sum((2 if ".0." in path else 4) * sum(widths(linear)) for path, linear in linears(model).items())
+
+
 def biases(model: nn.Module) -> int:
     """BitFit: every bias outside the new head; where there is none, one for every linear layer."""
     found = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias") and not n.startswith(HEADS))
@@ -52,6 +56,11 @@ class Case:
 
 CASES = [
     Case("lora", lora_count(4), {"lora": {"r": 4}}),
+    Case(
+        "lora",
+        ranks_by_layer,
+        {"lora": {"r": 4, "rank_pattern": {r".*\.0\..*": 2}, "alpha_pattern": {r".*\.0\..*": 3.0}}},
+    ),
     Case("rslora", lora_count(3), {"lora": {"r": 3}}),
     Case("bitfit", biases),
     Case("freeze", last_layer, {"freeze": {"last_layers": 1}}),
