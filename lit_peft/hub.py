@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_peft import __version__
 from lit_peft.adapter import Adapter, innermost, named_adapters
 from lit_peft.targets import KEYS, OWN, bare, file_key, layer_settings, shortest_targets
+from lit_peft.tensor_files import check_same, load_tensors, repeats, shapes
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -302,7 +303,7 @@ def read(
     for part, config in zip(part_folders(folder), configs, strict=True):
         file = part / WEIGHTS
         left = {_plain(key, part): tensor for key, tensor in load_tensors(file).items()}
-        left = {key: tensor for key, tensor in left.items() if not _repeats(key, left)}
+        left = {key: tensor for key, tensor in left.items() if not repeats(key, left)}
         owned = [(path, a) for path, a in _owned(model, config["peft_type"]) if name in a.configs]
         wrapped = {bare(path) for path, _ in owned}
         for path, adapter in owned:
@@ -318,7 +319,7 @@ def read(
             fitting.append((adapter, mine))
             copied = left.pop(f"{bare(path)}.base_layer.weight", None)  # PEFT repeats the tables that it adapts
             if copied is not None:
-                _same_base(file, bare(path), innermost(adapter).get_parameter("weight").detach(), copied)
+                check_same(file, bare(path), innermost(adapter).get_parameter("weight").detach(), copied)
         for path in [path for path in unfilled if file_key(path, wrapped) in left]:
             target = unfilled.pop(path)
             in_place.append((target, _fit(file, path, target, left.pop(file_key(path, wrapped)))))
@@ -341,49 +342,6 @@ def _fit(file: Path, key: str, target: Tensor, tensor: Tensor) -> Tensor:
         shown = f"{tuple(tensor.shape)} in {file}, {tuple(target.shape)} in this model"
         raise ValueError(f"Shapes differ for {key!r}: {shown}. Is it an adapter of another base model?")
     return tensor
-
-
-def _repeats(key: str, stored: Iterable[str]) -> bool:
-    """Whether a tensor is there twice: with bias=all PEFT also stores both copies of a module to save, as biases."""
-    return ".original_module." in key or key.replace(".modules_to_save.", ".") in {*stored} - {key}
-
-
-def _same_base(file: Path, path: str, base: Tensor, copied: Tensor) -> None:
-    same = base.shape == copied.shape
-    if same and not hasattr(base, "full_tensor"):  # sharded: the base's identity must do
-        # either may be the other, rounded
-        coarse = min(base.dtype, copied.dtype, key=lambda dtype: dtype.itemsize)
-        same = torch.equal(base.to("cpu", coarse), copied.to(coarse))
-    if not same:
-        raise ValueError(
-            f"{file} holds a weight of its own for {path!r}, which is not this base model's. Was its vocabulary "
-            "resized, or is it an adapter of another base model?"
-        )
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if it is cut off or no safetensors file.
-    """
-    shapes(path)
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors
-
-
-def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return `{key: shape}` of a safetensors file without reading its tensors; raises like `load_tensors`."""
-    if not path.is_file():
-        pickled = path.with_name("adapter_model.bin").is_file()
-        hint = " Only a pickled adapter_model.bin is there; convert it to safetensors first." if pickled else ""
-        raise FileNotFoundError(f"{path} does not exist.{hint}")
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or half-written ({error}). Copy or save it again.") from error
 
 
 def check_base(folder: str | Path, base: Mapping[str, Any]) -> None:

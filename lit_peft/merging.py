@@ -295,9 +295,9 @@ def fit_ties(model: nn.Module) -> bool:
         if held[target] is held[source]:
             path, _, leaf = target.rpartition(".")
             setattr(model.get_submodule(path), leaf, nn.Parameter(held[target].detach().clone(), requires_grad=False))
-    config: Any = model.config
-    config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
+    whole: Any = model
+    whole.config.tie_word_embeddings = False
+    whole.all_tied_weights_keys = {}
     return True
 
 

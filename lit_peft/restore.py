@@ -19,6 +19,7 @@ from lit_peft.adapter import remember
 from lit_peft.catalogue import TASKS
 from lit_peft.module import AdaptableModule
 from lit_peft.saved import locate, method_of, read_checkpoint
+from lit_peft.tensor_files import shapes
 from lit_peft.zoo import check, compose, task_class
 
 # PEFT's name of a task, or the ending of a model class -> ours
@@ -169,7 +170,7 @@ def _labels(configs: list[dict[str, Any]], folder: Path, backbone: str, revision
     stored = {
         key.removeprefix(hub.PREFIX): shape
         for part in hub.part_folders(folder)
-        for key, shape in hub.shapes(part / hub.WEIGHTS).items()
+        for key, shape in shapes(part / hub.WEIGHTS).items()
     }
     config = backbones.load_config(backbone, revision=revision)
     names = [str(config.id2label[i]) for i in sorted(config.id2label)]

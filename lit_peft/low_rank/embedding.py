@@ -45,9 +45,9 @@ class LoRAEmbedding(LoRALinear):
         a, b = self.pair(name)
         # as the base: the row of padding is looked up, but not trained
         h = F.embedding(x, a.t(), padding_idx=getattr(base, "padding_idx", None)).to(y.dtype)
-        change = F.linear(h, b.to(y.dtype)) * self.configs[name].scale
-        factor = getattr(base, "embed_scale", None)
-        return y + (change if factor is None else change * factor)
+        change: Tensor = F.linear(h, b.to(y.dtype)) * self.configs[name].scale
+        factor: Tensor | float = getattr(base, "embed_scale", 1.0)
+        return y + change * factor
 
     def delta(self, name: str) -> Tensor:
         """Return the change of the table s (B A)^T, (vocabulary, width), in float32."""

@@ -105,18 +105,18 @@ class LoRAFused(LoRALinear):
     def _spread(self, b: Tensor, config: LoRAConfig) -> Tensor:
         """Return the chosen slices' B, one below the other, as one block-diagonal B for the whole layer."""
         slices, chosen = self.slices, self._chosen(config)
-        parts = iter(b.split([size for size, on in zip(slices.sizes, chosen, strict=True) if on]))
+        parts = iter(torch.split(b, [size for size, on in zip(slices.sizes, chosen, strict=True) if on]))
         blocks = [next(parts) if on else b.new_empty(size, 0) for size, on in zip(slices.sizes, chosen, strict=True)]
-        whole = torch.block_diag(*blocks)
+        whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
         if slices.turns == 1:
             return whole
-        turned = [part.view(slices.turns, -1, whole.shape[1]) for part in whole.split(slices.sizes)]
+        turned = [part.view(slices.turns, -1, whole.shape[1]) for part in torch.split(whole, list(slices.sizes))]
         return torch.cat(turned, 1).reshape(whole.shape)
 
     def _gathered(self, b: Tensor, config: LoRAConfig) -> Tensor:
         """Return the blocks of a block-diagonal B, one below the other."""
         slices, chosen = self.slices, self._chosen(config)
-        turned = b.view(slices.turns, -1, b.shape[1]).split([size // slices.turns for size in slices.sizes], 1)
+        turned = torch.split(b.view(slices.turns, -1, b.shape[1]), [size // slices.turns for size in slices.sizes], 1)
         columns = iter(range(0, b.shape[1], config.r))
         found = []
         for part, on in zip(turned, chosen, strict=True):

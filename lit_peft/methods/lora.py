@@ -107,16 +107,12 @@ class LoRAConfig:
         _check_alpha("lora.alpha", self.alpha)
         if not self.target_modules:
             raise ValueError("lora.target_modules is empty. Name some, or leave it out for all linear layers.")
-        for kind, entries, check in (
-            ("rank_pattern", self.rank_pattern, _check_rank),
-            ("alpha_pattern", self.alpha_pattern, _check_alpha),
-        ):
-            for pattern, value in entries.items():
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"lora.{kind} has {pattern!r}, no regular expression: {error}.") from None
-                check(f"lora.{kind}[{pattern!r}]", value)
+        for pattern, rank in self.rank_pattern.items():
+            _check_pattern("rank_pattern", pattern)
+            _check_rank(f"lora.rank_pattern[{pattern!r}]", rank)
+        for pattern, alpha in self.alpha_pattern.items():
+            _check_pattern("alpha_pattern", pattern)
+            _check_alpha(f"lora.alpha_pattern[{pattern!r}]", alpha)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"lora.bias is {self.bias!r}; it must be 'none', 'all' or 'lora_only'.")
         if isinstance(self.modules_to_save, str):
@@ -212,6 +208,13 @@ class LoRAConfig:
 def _check_rank(what: str, value: int) -> None:
     if not isinstance(value, int) or value < 1:
         raise ValueError(f"{what} is {value}; the rank must be 1 or more.")
+
+
+def _check_pattern(what: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"lora.{what} has {pattern!r}, no regular expression: {error}.") from None
 
 
 def _check_alpha(what: str, value: float) -> None:

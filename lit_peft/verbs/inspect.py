@@ -19,6 +19,7 @@ from lit_peft import hub
 from lit_peft.catalogue import FACTS
 from lit_peft.saved import locate, merge_summary, method_of, read_checkpoint
 from lit_peft.targets import KEYS, bare
+from lit_peft.tensor_files import load_tensors, shapes
 
 COLUMNS = 7  # norms beside each other that 80 characters hold
 # Adapters' own tensors are named method-first: lora_a, lora_A.weight, bitfit_bias, ...
@@ -105,7 +106,7 @@ def _adapter(folder: Path) -> Contents:
             method_of(config["peft_type"], folder)
         except ValueError as error:
             contents.facts["note"] = str(error)
-        for key, tensor in hub.load_tensors(part / hub.WEIGHTS).items():
+        for key, tensor in load_tensors(part / hub.WEIGHTS).items():
             contents.tensors[key.removeprefix(hub.PREFIX)] = tensor
     contents.facts["labels"] = ", ".join(meta.get("labels", []))
     wrote = {"lit_peft": meta.get("lit_peft_version"), "peft": config.get("peft_version")}
@@ -243,7 +244,7 @@ def _in_place(console: Console, rest: Mapping[str, Tensor]) -> None:
 
 def _model(console: Console, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    files = [hub.shapes(file) for file in sorted(folder.glob("*.safetensors"))]
+    files = [shapes(file) for file in sorted(folder.glob("*.safetensors"))]
     number = sum(math.prod(shape) for file in files for shape in file.values())
     console.print(f"[bold]{escape(str(folder))}[/bold]  whole model")
     console.print(f"{', '.join(config.get('architectures') or ['unknown'])}, {number:,} parameters, no adapter")
