@@ -67,6 +67,7 @@ def routed(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Abs
 
     Raises:
         ValueError: if a name is unknown, or there are none; in the call, if the batch has another number of rows.
+        TypeError: if a row asks for the base and weights of the base are trained in place.
 
     Example:
         >>> from lit_peft import routed
@@ -77,6 +78,11 @@ def routed(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Abs
         raise ValueError("routed needs one name for each row of the batch; it got none.")
     rows = Rows(names)
     _check_known(model, rows.names)
+    if any(not entry for entry in names) and any(scope.originals for scope in scopes_of(model)):
+        raise TypeError(
+            "A row cannot be answered by the base alone: weights of the base itself are trained here (biases, modules "
+            "to save, layers), for all rows. Use `disabled` for a batch of such rows."
+        )
     return choose(dict.fromkeys(scopes_of(model), rows))
 
 

@@ -12,7 +12,7 @@ from lit_peft.low_rank.embedding import LoRAEmbedding
 from lit_peft.low_rank.fused import LoRAFused, Slices, note_slices
 from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.methods.lora import LoRAConfig
-from lit_peft.named import add_adapter, disabled
+from lit_peft.named import add_adapter, disabled, routed
 from lit_peft.sites import linears
 from tests.models import tiny
 from tests.tiny_adapted import LoRATiny, base_model, check_equal, logits, placed, shake
@@ -140,6 +140,17 @@ def test_modules_to_save_train_whole_and_step_aside() -> None:
     assert (logits(module.model, "llama") - logits(base, "llama")).abs().max() > 1e-2
     with disabled(module):
         assert torch.equal(logits(module.model, "llama"), logits(base, "llama"))
+
+
+def test_rows_of_the_base_are_refused_where_the_base_is_trained() -> None:
+    module = placed(LoRATiny, "gpt2", lora=LoRAConfig(r=2, bias="all"))
+    with (
+        pytest.raises(TypeError, match="cannot be answered by the base alone"),
+        routed(module.model, ["default", None]),
+    ):
+        pass
+    with routed(module.model, ["default", "default"]):
+        logits(module.model, "gpt2")
 
 
 def test_names_end_at_a_dot() -> None:
