@@ -168,7 +168,7 @@ def _part(
         if name not in adapter.configs:
             continue
         paths.append(bare(path))
-        settings = getattr(type(adapter), "settings", None)  # of the class: an instance would ask its base too
+        settings = getattr(type(adapter), "layer_settings", None)  # of the class: an instance would ask its base too
         if settings is not None:
             layers[bare(path)] = settings(adapter, name)
         for leaf, tensor in adapter.tensors(name).items():

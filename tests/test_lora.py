@@ -303,7 +303,7 @@ def test_counts_of_the_models_in_the_literature() -> None:
 def test_settings_of_a_layer_keep_its_scale() -> None:
     for stable in (False, True):
         _, layer, _ = made("fused q, v", use_rslora=stable)
-        found = layer.settings("default")
+        found = layer.layer_settings("default")
         root = math.sqrt(found["r"]) if stable else found["r"]
         assert found["r"] == 2 * RANK
         assert found["lora_alpha"] / root == pytest.approx(layer.configs["default"].scale)

@@ -194,6 +194,10 @@ BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "enable none": ({"enable_lora": [False] * 3}, "lora.enable_lora is "),
     "enable two": ({"enable_lora": [True, True]}, "lora.enable_lora is "),
     "enable and DoRA": ({"enable_lora": [True] * 3, "use_dora": True}, "enable_lora does not go with use_dora"),
+    "enable and PiSSA": (
+        {"enable_lora": [True] * 3, "init_lora_weights": "pissa"},
+        "does not go with init_lora_weights='pissa'",
+    ),
     "one name": ({"modules_to_save": "lm_head"}, "it must be a list of names"),
 }
 

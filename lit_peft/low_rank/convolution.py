@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -41,13 +42,20 @@ class LoRAConv(LoRALinear):
         """The convolution below all adapters."""
         return innermost(self.base)
 
-    def shapes(self, config: LoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def pair_shapes(self, config: LoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return (r, in / groups, kernel...) and (out, r / groups, 1...)."""
         conv = self.convolution
         check_groups(config, conv)
         ones = (1,) * len(conv.kernel_size)
         wide = conv.in_channels // conv.groups
         return (config.r, wide, *conv.kernel_size), (conv.out_channels, config.r // conv.groups, *ones)
+
+    def start(self, a: Tensor, b: Tensor, config: LoRAConfig) -> None:
+        """Fill A: normal where `gaussian` is asked, else Kaiming-uniform, as what needs a matrix has none here."""
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(a, std=1 / config.r)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
 
     def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s B * (A * dropout(x)): (batch, in, ...), (batch, out, ...) -> (batch, out, ...)."""

@@ -29,7 +29,7 @@ class LoRAEmbedding(LoRALinear):
         torch.Size([1, 3, 4])
     """
 
-    def shapes(self, config: LoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def pair_shapes(self, config: LoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return (r, vocabulary) and (width, r)."""
         rows, width = innermost(self.base).get_parameter("weight").shape
         return (config.r, rows), (width, config.r)

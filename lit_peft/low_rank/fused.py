@@ -60,7 +60,7 @@ class LoRAFused(LoRALinear):
         found: Slices = innermost(self.base).__dict__["qkv_slices"]
         return found
 
-    def shapes(self, config: LoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def pair_shapes(self, config: LoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return (k r, in) and (rows of the k chosen slices, r)."""
         chosen = self._chosen(config)
         rows = sum(size for size, on in zip(self.slices.sizes, chosen, strict=True) if on)

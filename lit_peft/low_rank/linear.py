@@ -50,7 +50,7 @@ class LoRALinear(Adapter):
             self.lora_a = nn.ParameterDict()
             self.lora_b = nn.ParameterDict()
         device = next(self.base.parameters()).device
-        first, second = self.shapes(config)
+        first, second = self.pair_shapes(config)
         a = torch.empty(first, device=device, dtype=torch.float32)
         b = torch.zeros(second, device=device, dtype=torch.float32)
         if device.type != "meta":
@@ -58,7 +58,7 @@ class LoRALinear(Adapter):
         self.lora_a[name] = nn.Parameter(a)
         self.lora_b[name] = nn.Parameter(b)
 
-    def shapes(self, config: LoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def pair_shapes(self, config: LoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes of the parameters A and B."""
         wide, tall = widths(innermost(self.base))
         return (config.r, wide), (tall, config.r)
@@ -103,7 +103,7 @@ class LoRALinear(Adapter):
         """Return the rank of A and B as `tensors` gives them, more than r where a layer holds several pairs."""
         return int(self.configs[name].r)
 
-    def settings(self, name: str = "default") -> dict[str, Any]:
+    def layer_settings(self, name: str = "default") -> dict[str, Any]:
         """Return this layer's settings under HF PEFT's names, so that s stays what it is for the stored rank."""
         config: LoRAConfig = self.configs[name]
         rank, alpha = self.stored_rank(name), config.alpha

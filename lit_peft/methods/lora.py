@@ -122,7 +122,7 @@ class LoRAConfig:
                 raise ValueError(
                     f"lora.enable_lora is {self.enable_lora}; it must say true or false for each of q, k, v."
                 )
-            if self.use_dora or self.init_lora_weights != "default":
+            if self.use_dora or self.init_lora_weights in ("orthogonal", "pissa", "olora", "eva"):
                 what = "use_dora" if self.use_dora else f"init_lora_weights={self.init_lora_weights!r}"
                 raise ValueError(f"lora.enable_lora does not go with {what}: it has a pair A, B for each slice.")
 
