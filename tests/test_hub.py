@@ -16,6 +16,7 @@ from lit_peft.methods.bitfit import BitFitConfig
 from lit_peft.methods.freeze import FreezeConfig
 from lit_peft.methods.lora import LoRA, LoRAConfig
 from lit_peft.module import AdaptableModule
+from tests import tiny_adapted
 from tests.tiny_adapted import (
     KINDS,
     BitFitTiny,
@@ -296,3 +297,20 @@ def test_one_kind_twice_cannot_share_a_folder(tmp_path: Path) -> None:
         hub.write(tmp_path / "a", module.model, module.parts() * 2, declared={}, base={})
     with pytest.raises(ValueError, match="Nothing to save"):
         hub.write(tmp_path / "a", module.model, [], declared={}, base={})
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("gpt_neox", {"target_modules": ["query_key_value"], "enable_lora": [True, False, True]}),
+        ("gemma", {"target_modules": ["embed_tokens", "q_proj"]}),  # rows of the table are scaled
+    ],
+)
+def test_peft_reads_other_models(tmp_path: Path, kind: str, settings: dict[str, Any], monkeypatch: Any) -> None:
+    monkeypatch.setitem(tiny_adapted.KINDS, kind, "lm")
+    monkeypatch.setitem(tiny_adapted.TASK_TYPES, kind, "CAUSAL_LM")
+    module = placed(LoRATiny, kind, lora=LoRAConfig(r=2, alpha=2, **settings))
+    shake(module)
+    module.save_adapter(tmp_path / "a")
+    assert (logits(module.model, kind) - logits(base_model(kind), kind)).abs().max() > 1e-2
+    check_equal(module.model, in_peft(tmp_path / "a", kind), kind)
