@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lit_peft import __version__
 from lit_peft.adapter import Adapter, named_adapters
+from lit_peft.forks import kind_of, renamed
 from lit_peft.targets import KEYS, shortest_targets
 
 CONFIG = "adapter_config.json"
@@ -282,7 +283,7 @@ def read(
     check_base(folder, base)
     here = {*kinds, *(getattr(type(adapter), "peft_type", "") for _, adapter in named_adapters(model))}
     configs = read_configs(folder)
-    found = {config["peft_type"] for config in configs}
+    found = {kind_of(config) for config in configs}
     if found != here:
         raise ValueError(
             f"{folder} holds {' + '.join(sorted(found))}, but this model has {' + '.join(sorted(here))}. "
@@ -293,8 +294,8 @@ def read(
     in_place: list[tuple[Tensor, Tensor]] = []
     for part, config in zip(part_folders(folder), configs, strict=True):
         file = part / WEIGHTS
-        left = {_plain(key, part): tensor for key, tensor in load_tensors(file).items()}
-        for path, adapter in _owned(model, config["peft_type"]):
+        left = renamed(config, {_plain(key, part): tensor for key, tensor in load_tensors(file).items()})
+        for path, adapter in _owned(model, kind_of(config)):
             mine = {}
             for leaf, target in adapter.tensors(name).items():
                 key = f"{bare(path)}.{leaf}"

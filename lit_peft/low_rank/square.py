@@ -70,7 +70,7 @@ def apply(m: Tensor, x: Tensor, y: Tensor, mora_type: int, turn: Tensor | None =
     h = F.linear(h, m.to(h.dtype)).to(y.dtype)
     if mora_type in (1, 3):
         if outputs % width == 0:  # broadcast: nothing of the output's size but the output
-            return (y.unflatten(-1, (-1, width)) + h.unsqueeze(-2)).flatten(-2)
+            return (_split(y, width) + h.unsqueeze(-2)).flatten(-2)
         return y + _cut(h, outputs)
     return y + h.index_select(-1, _groups(outputs, width, y.device))
 
@@ -91,9 +91,14 @@ def delta(m: Tensor, inputs: int, outputs: int, mora_type: int) -> Tensor:
     return found
 
 
+def _split(x: Tensor, width: int) -> Tensor:
+    """View (..., n width) as (..., n, width); sizes are spelled out because a batch may have no row."""
+    return x.view(*x.shape[:-1], x.shape[-1] // width, width)
+
+
 def _interleaved(x: Tensor, width: int) -> Tensor:
     whole = x.shape[-1] // width * width
-    h = x[..., :whole].unflatten(-1, (-1, width)).sum(-2)
+    h = _split(x[..., :whole], width).sum(-2)
     return h if whole == x.shape[-1] else h + _last_chunk(x, whole, width)
 
 
@@ -104,8 +109,8 @@ def _last_chunk(x: Tensor, whole: int, width: int) -> Tensor:
 def _neighbours(x: Tensor, width: int) -> Tensor:
     few, larger = divmod(x.shape[-1], width)
     head = larger * (few + 1)
-    tail = x[..., head:].unflatten(-1, (-1, few)).sum(-1)
-    return torch.cat([x[..., :head].unflatten(-1, (-1, few + 1)).sum(-1), tail], dim=-1) if larger else tail
+    tail = _split(x[..., head:], few).sum(-1)
+    return torch.cat([_split(x[..., :head], few + 1).sum(-1), tail], dim=-1) if larger else tail
 
 
 def _groups(length: int, width: int, device: torch.device) -> Tensor:
@@ -119,9 +124,9 @@ def _groups(length: int, width: int, device: torch.device) -> Tensor:
 def _chunks(x: Tensor, width: int, needed: int) -> Tensor:
     """Return the first `needed` chunks of x, (..., needed, r̂): later ones reach no output."""
     if needed * width <= x.shape[-1]:
-        return x[..., : needed * width].unflatten(-1, (needed, width))
+        return _split(x[..., : needed * width], width)
     whole = x.shape[-1] // width * width
-    return torch.cat([x[..., :whole], _last_chunk(x, whole, width)], dim=-1).unflatten(-1, (needed, width))
+    return _split(torch.cat([x[..., :whole], _last_chunk(x, whole, width)], dim=-1), width)
 
 
 def _turned(chunks: Tensor, turn: Tensor) -> Tensor:

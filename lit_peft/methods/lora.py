@@ -120,6 +120,8 @@ class LoRAConfig:
         Raises:
             ValueError: for a LoRA variant that changes the formula and is not known here.
         """
+        if config.get("use_mora"):
+            raise ValueError("This adapter is MoRA (use_mora: true), not LoRA. Load it with --method mora.")
         init = config.get("init_lora_weights", True)
         if init not in KEEPS_BASE:
             raise ValueError(
@@ -173,7 +175,11 @@ class LoRA(PEFT):
         super().place_adapters()
         assert self.model is not None
         paths = match(self.model, self.lora.target_modules, exclude_modules=self.lora.exclude_modules)
-        join(self.model, {path: self.lora.at(path) for path in paths}, lambda base: layer_class(self.lora, base))
+        join(self.model, {path: self.lora.at(path) for path in paths}, self.adapter_class)
+
+    def adapter_class(self, base: nn.Module) -> type[Adapter]:
+        """Return the class of adapter for one module."""
+        return layer_class(self.lora, base)
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take rank, scale and targets from an adapter folder.

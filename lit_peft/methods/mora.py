@@ -154,7 +154,6 @@ class MoRALinear(Adapter):
     def add(self, name: str, config: MoRAConfig) -> None:
         """Make M (r̂, r̂) of another named set, all zero."""
         linear = innermost(self.base)
-        wide, tall = widths(linear)
         width = config.size(linear, "this layer")
         super().add(name, config)
         if "mora_m" not in self._modules:
@@ -163,7 +162,7 @@ class MoRALinear(Adapter):
         self.mora_m[name] = nn.Parameter(torch.zeros(width, width, device=device, dtype=torch.float32))
         if config.mora_type == 6:
             # a buffer follows the model from device to device; it is cheap to make and in no file
-            turn = square.angles(-(-wide // width), width, device)
+            turn = square.angles(-(-widths(linear)[0] // width), width, device)
             self.register_buffer(f"mora_turn_{width}", turn, persistent=False)
 
     def kind(self, name: str) -> int:

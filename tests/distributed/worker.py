@@ -26,6 +26,9 @@ STEPS, HALF = 5, 2  # an epoch has three steps: HALF is in its middle
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"r": 4}},
     "rslora": {"lora": {"r": 4}},
+    "relora": {"lora": {"r": 4}, "restart_every": 2, "restart_warmup": 1},
+    "mora": {"mora": {"r": 2}},
+    "remora": {"mora": {"r": 2}, "restart_every": 2, "restart_warmup": 1},
     "bitfit": {},
     "freeze": {"freeze": {"last_layers": 1}},
     "full": {},
