@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -69,6 +70,8 @@ class AdapterRestart(AdapterCallback):
         """
         assert module.model is not None
         restartable(module.model)
+        if trainer is not None and isinstance(trainer.strategy, FSDPStrategy):
+            raise TypeError("A restart cannot rewrite weights that FSDP1 has flattened. Use strategy fsdp2 or ddp.")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Settle the period, and make up for a restart that fell on the step at which a finished run was saved.

@@ -145,7 +145,7 @@ def test_the_rank_of_the_sum_grows(method: str, backbone: Path, tmp_path: Path) 
 
 def test_remora_changes_the_type_and_relora_draws_anew(backbone: Path, tmp_path: Path) -> None:
     module = build("remora", backbone, mora={"r": 1, "cycle": [1, 3, 2]})
-    path, adapter = next(iter(named_adapters(module.model)))  # type: ignore[arg-type]
+    _, adapter = next(iter(named_adapters(module.model)))  # type: ignore[arg-type]
     kinds = []
     for seed in range(4):
         kinds.append(adapter.kind("default"))
@@ -391,7 +391,7 @@ def test_what_cannot_be_restarted_is_named_before_training(backbone: Path, tmp_p
     stacked = model()
     place(stacked, ["0"], lambda base: BitFitBias(base, BitFitConfig()))
     place(stacked, ["0"], around)
-    with pytest.raises(TypeError, match="0 has a BitFitBias below .* last in the stack"):
+    with pytest.raises(TypeError, match=r"0 has a BitFitBias below .* last in the stack"):
         restartable(stacked)
     tied = model()
     tied[1].weight = tied[0].weight
@@ -406,7 +406,7 @@ def test_what_cannot_be_restarted_is_named_before_training(backbone: Path, tmp_p
     bnb = pytest.importorskip("bitsandbytes")
     quantised = nn.Sequential(bnb.nn.Linear4bit(64, 64)).to("cpu")
     place(quantised, ["0"], around)
-    with pytest.raises(TypeError, match="cannot fold into 0, which is quantised. Load the base unquantised"):
+    with pytest.raises(TypeError, match=r"cannot fold into 0, which is quantised. Load the base unquantised"):
         restartable(quantised)
 
 
@@ -415,7 +415,7 @@ def test_a_run_without_end_needs_a_number(tmp_path: Path) -> None:
         """Trains until it is stopped."""
 
     module = Endless("none", lora={"r": 1})
-    with pytest.raises(ValueError, match="this run has no end. Set every"):
+    with pytest.raises(ValueError, match=r"this run has no end\. Set every"):
         run(module, tmp_path, -1)
 
 

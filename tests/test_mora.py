@@ -169,7 +169,22 @@ def test_half_precision_and_deepcopy() -> None:
     assert [key for key in layer.state_dict() if "turn" in key] == [], "the angles are in no file"
 
 
-# Files -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", [1, 6])
+def test_on_a_quantised_base(kind: int) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    base = bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32).to("cpu")
+    layer = MoRALinear(base, MoRAConfig(r=2, mora_type=kind))  # type: ignore[arg-type]
+    nn.init.normal_(layer.mora_m["default"])
+    x = torch.randn(3, 64)
+    size = layer.mora_m["default"].shape[0]
+    delta = square.delta(layer.mora_m["default"].detach(), 64, 64, kind)
+    assert size == square.size(64, 64, 2, kind)
+    assert torch.allclose(layer(x), base(x) + x @ delta.t(), atol=1e-4)
+    with pytest.raises(TypeError, match=r"Cannot merge into a Linear4bit layer\. Load the base unquantised"):
+        layer.merge()
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
 
 
 def fork_folder(folder: Path, base: Path, kind: int, **more: Any) -> dict[str, Tensor]:
@@ -264,7 +279,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
         load(tmp_path / "ours")
 
 
-# What is refused -------------------------------------------------------------------------------------------------------
+# What is refused -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
