@@ -37,7 +37,7 @@ ROOMS = {
     "sites": "structure",
     "module": "adapter",
     "hub": "adapter sites structure targets backbone forks",
-    "merging": "adapter weights hub backbone",
+    "merging": "adapter rewriting weights hub backbone",
     "callbacks": "adapter named rewriting weights module hub merging backbone faults",
     "mixin": "selection adapter named rewriting module sites structure hub callbacks",
     "low_rank": "adapter structure weights ops",
