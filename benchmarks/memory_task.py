@@ -195,22 +195,24 @@ def write(results: list[dict[str, Any]], options: argparse.Namespace, command: s
     (RESULTS / "memory_task.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     chosen = best(results)
     steps = [mark["step"] for mark in chosen[0]["marks"]]
-    shown = [steps[round(i * (len(steps) - 1) / 5)] for i in range(1, 6)]
+    shown = [steps[len(steps) * i // 6 - 1] for i in range(1, 7)]
     lines = [
         f"# Memory task: {options.pairs} random pairs, rank {options.rank}",
         "",
         f"`{command}`",
         "",
-        "Digits right / whole values right, in percent, at fixed steps; each arm with the best of the learning rates "
-        f"{', '.join(f'{lr:g}' for lr in options.lrs)} (all are in memory_task.json).",
+        "Digits right / whole values right, in percent, at fixed steps; each arm with the best of the learning rates that "
+        "were tried on it (all are in memory_task.json).",
         "",
-        "| arm | weights | lr | " + " | ".join(f"step {step}" for step in shown) + " |",
-        "|---|---|---|" + "---|" * len(shown),
+        "| arm | weights | lr | of | " + " | ".join(f"step {step}" for step in shown) + " |",
+        "|---|---|---|---|" + "---|" * len(shown),
     ]
     for result in chosen:
         at = {mark["step"]: mark for mark in result["marks"]}
         cells = [f"{100 * at[s]['characters']:.1f} / {100 * at[s]['exact']:.1f}" for s in shown]
-        lines.append(f"| {LABELS[result['arm']]} | {result['weights']:,} | {result['lr']:g} | {' | '.join(cells)} |")
+        tried = ", ".join(f"{r['lr']:g}" for r in sorted(results, key=lambda r: r["lr"]) if r["arm"] == result["arm"])
+        head = f"| {LABELS[result['arm']]} | {result['weights']:,} | {result['lr']:g} | {tried} "
+        lines.append(f"{head}| {' | '.join(cells)} |")
     (RESULTS / "memory_task.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharex=True, sharey=True, layout="constrained")
     for axis, key, title in zip(axes, ("characters", "exact"), ("digits right", "whole values right"), strict=True):
