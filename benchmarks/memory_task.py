@@ -201,8 +201,8 @@ def write(results: list[dict[str, Any]], options: argparse.Namespace, command: s
         "",
         f"`{command}`",
         "",
-        "Digits right / whole values right, in percent, at fixed steps; each arm with the best of the learning rates that "
-        "were tried on it (all are in memory_task.json).",
+        "Digits right / whole values right, in percent, at fixed steps; each arm with the best of the learning rates "
+        f"that were tried on it (all are in memory_task.json). Seed {options.seed}, one CPU thread.",
         "",
         "| arm | weights | lr | of | " + " | ".join(f"step {step}" for step in shown) + " |",
         "|---|---|---|---|" + "---|" * len(shown),
@@ -231,7 +231,9 @@ def write(results: list[dict[str, Any]], options: argparse.Namespace, command: s
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("%")
     axes[0].legend(frameon=False)
-    figure.suptitle(f"{options.pairs} random pairs, {chosen[0]['weights']:,} weights (thin: the other learning rates)")
+    figure.suptitle(
+        f"{options.pairs} random pairs, about {chosen[0]['weights']:,} weights (thin: other learning rates)"
+    )
     figure.savefig(RESULTS / "memory_task.png", dpi=130)
 
 
