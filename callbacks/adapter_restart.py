@@ -77,13 +77,17 @@ class AdapterRestart(AdapterCallback):
         """Settle the period, and make up for a restart that fell on the step at which a finished run was saved.
 
         Raises:
-            ValueError: if the run has no end and no `every` was given.
+            ValueError: if the run has no end and no `every` was given, or the warm-up is as long as a cycle.
         """
         self._end = trainer.estimated_stepping_batches
         if self._period is None:
             if math.isinf(self._end):
                 raise ValueError("AdapterRestart cannot tell when: this run has no end. Set every, or max_steps.")
             self._period = max(SHORTEST, math.ceil(self._end / CYCLES))
+        if self.warmup is not None and self.warmup >= self._period:
+            raise ValueError(
+                f"AdapterRestart's warmup is {self.warmup}; it must be below the {self._period} steps between restarts."
+            )
         if self._period >= self._end:
             rank_zero_warn(
                 f"No restart will happen: the run has {int(self._end)} steps, one comes every {self._period}."

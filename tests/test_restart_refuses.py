@@ -74,3 +74,11 @@ def test_a_run_without_end_needs_a_number(tmp_path: Path) -> None:
     module = Endless("none", lora={"r": 1})
     with pytest.raises(ValueError, match=r"this run has no end\. Set every"):
         run(module, tmp_path, -1)
+
+
+def test_a_warmup_as_long_as_a_cycle(tmp_path: Path) -> None:
+    class Slow(ReLoRA, Exponential):
+        """Would never reach its learning rate."""
+
+    with pytest.raises(ValueError, match=r"warmup is 30; it must be below the 20 steps"):
+        run(Slow("none", lora={"r": 1}, restart_warmup=30), tmp_path, 40)
