@@ -8,6 +8,7 @@ _HOME = {
     "AdapterFreeze": "adapter_freeze",
     "AdapterCheckpoint": "adapter_checkpoint",
     "AdapterMerge": "adapter_merge",
+    "AdapterRestart": "adapter_restart",
     "SampleAnswers": "sample_answers",
     "RunReport": "run_report",
     "Throughput": "throughput",

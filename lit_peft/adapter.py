@@ -28,6 +28,7 @@ class Adapter(nn.Module):
         base: the adapted module.
         configs: the configuration of each named set.
         frozen: beginnings of the names of own parameters that are saved but never trained.
+        restarts: how often the base's weight has been rewritten by `restart`.
 
     Args:
         base: the module to adapt; it stays frozen and is only ever called.
@@ -45,6 +46,7 @@ class Adapter(nn.Module):
 
     is_adapter: ClassVar[bool] = True
     frozen: ClassVar[tuple[str, ...]] = ()
+    restarts: int = 0
 
     def __init__(self, base: nn.Module, config: Any, name: str = "default") -> None:
         super().__init__()
@@ -164,6 +166,18 @@ class Adapter(nn.Module):
             TypeError: if the method cannot be folded.
         """
         raise TypeError(f"{type(self).__name__} cannot be merged into its base. Save the adapter instead of merging.")
+
+    def restart(self, name: str, seed: int) -> None:
+        """Fold one named set into the base's weight, in place, and bring the set back to a start that changes nothing.
+
+        Args:
+            name: which set.
+            seed: for starting values that are random.
+
+        Raises:
+            TypeError: if the method cannot be restarted.
+        """
+        raise TypeError(f"{type(self).__name__} cannot be restarted. Use --method relora or remora.")
 
     def __getattr__(self, name: str) -> Any:
         try:

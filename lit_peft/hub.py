@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from lit_peft import __version__
 from lit_peft.adapter import Adapter, innermost, named_adapters
+from lit_peft.forks import kind_of, renamed
 from lit_peft.targets import KEYS, OWN, bare, file_key, layer_settings, shortest_targets
 from lit_peft.tensor_files import check_same, load_tensors, repeats, shapes
 
@@ -291,7 +292,7 @@ def read(
     check_base(folder, base)
     here = {*kinds, *(getattr(type(adapter), "peft_type", "") for _, adapter in named_adapters(model))}
     configs = read_configs(folder)
-    found = {config["peft_type"] for config in configs}
+    found = {kind_of(config) for config in configs}
     if found != here:
         raise ValueError(
             f"{folder} holds {' + '.join(sorted(found))}, but this model has {' + '.join(sorted(here))}. "
@@ -302,9 +303,9 @@ def read(
     in_place: list[tuple[Tensor, Tensor]] = []
     for part, config in zip(part_folders(folder), configs, strict=True):
         file = part / WEIGHTS
-        left = {_plain(key, part): tensor for key, tensor in load_tensors(file).items()}
+        left = renamed(config, {_plain(key, part): tensor for key, tensor in load_tensors(file).items()})
         left = {key: tensor for key, tensor in left.items() if not repeats(key, left)}
-        owned = [(path, a) for path, a in _owned(model, config["peft_type"]) if name in a.configs]
+        owned = [(path, a) for path, a in _owned(model, kind_of(config)) if name in a.configs]
         wrapped = {bare(path) for path, _ in owned}
         for path, adapter in owned:
             mine = {}

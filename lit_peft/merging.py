@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lit_peft import __version__
 from lit_peft.adapter import Adapter, merge, named_adapters
+from lit_peft.rewriting import note, rewritten
 
 REPORT = "merge_report.json"
 PROBES = (
@@ -157,6 +158,7 @@ def _plain_copy(module: LightningModule) -> nn.Module | None:
             return None
         fresh: Any = type(module)(**module.hparams)
         fresh.configure_model()
+        note(fresh.model, rewritten(model))  # ReMoRA's type goes by it
         fresh.load_state_dict(state, strict=False)
         rebuilt: nn.Module = fresh.model
         return rebuilt.cpu().eval()

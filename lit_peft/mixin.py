@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lit_peft import hub
+from lit_peft import hub, rewriting
 from lit_peft.adapter import Adapter, merge, named_adapters
 from lit_peft.callbacks.adapter_freeze import AdapterFreeze
 from lit_peft.callbacks.base import AdapterCallback
@@ -167,7 +167,7 @@ class PEFT(AdaptableModule):
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if parameter.requires_grad or self.is_trainable(name, parameter):
                 keys.add(f"model.{name}")
-        return keys
+        return keys | {f"model.{path}.base.weight" for path in rewriting.rewritten(self.model)}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return what was trained: adapters, declared weights, and the task's own state outside of the model.
@@ -191,6 +191,8 @@ class PEFT(AdaptableModule):
         meta = checkpoint.setdefault("lit_peft", {})
         meta["keys"] = sorted(key for key in checkpoint.get("state_dict", {}) if key.startswith("model."))
         meta.setdefault("base", self.base_identity())
+        if self.model is not None and (restarts := rewriting.rewritten(self.model)):
+            meta["restarts"] = restarts
         meta["class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -204,6 +206,7 @@ class PEFT(AdaptableModule):
             return
         if self.check_base:
             hub.compare_bases(checkpoint.get("lit_peft", {}).get("base") or {}, self.base_identity())
+        rewriting.note(self.model, checkpoint.get("lit_peft", {}).get("restarts") or {})
         stored = set(checkpoint.get("lit_peft", {}).get("keys") or checkpoint.get("state_dict", {}))
         stored = {key for key in stored if key.startswith("model.")}
         present = {f"model.{name}" for name, _ in self.model.named_parameters(remove_duplicate=False)}

@@ -28,10 +28,25 @@ def dense(layer: nn.Module) -> Tensor:
     stored: Any = layer.get_parameter("weight").detach()
     if not isinstance(layer, (nn.Linear, Conv1D)) or not stored.is_floating_point():
         raise TypeError(f"A {type(layer).__name__} layer has no weight matrix that could be read.")
-    if hasattr(stored, "full_tensor"):
-        stored = stored.full_tensor()
-    whole: Tensor = stored
-    return whole.t() if isinstance(layer, Conv1D) else whole
+    full = whole(stored)
+    return full.t() if isinstance(layer, Conv1D) else full
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gather a tensor where it is sharded; every process must come here together."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def put(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor into one that may be sharded, in place; every process must come here with the same value."""
+    with torch.no_grad():
+        if hasattr(target, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+
+            sharded: Any = target
+            value = distribute_tensor(value.to(target.device), sharded.device_mesh, sharded.placements)
+        target.copy_(value)
 
 
 def fold(layer: nn.Module, delta: Tensor) -> None:

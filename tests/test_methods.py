@@ -33,6 +33,14 @@ def ranks_by_layer(model: nn.Module) -> int:
     return sum((2 if ".0." in path else 4) * sum(widths(linear)) for path, linear in linears(model).items())
 
 
+def mora_count(r: int, mora_type: int) -> Count:
+    def size(linear: nn.Module) -> int:
+        found = int((sum(widths(linear)) * r) ** 0.5 + 0.5)
+        return found - found % 2 if mora_type == 6 else found
+
+    return lambda model: sum(size(linear) ** 2 for linear in linears(model).values())
+
+
 def biases(model: nn.Module) -> int:
     """BitFit: every bias outside the new head; where there is none, one for every linear layer."""
     found = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias") and not n.startswith(HEADS))
@@ -62,6 +70,9 @@ CASES = [
         {"lora": {"r": 4, "rank_pattern": {r".*\.0\..*": 2}, "alpha_pattern": {r".*\.0\..*": 3.0}}},
     ),
     Case("rslora", lora_count(3), {"lora": {"r": 3}}),
+    Case("relora", lora_count(3), {"lora": {"r": 3}}),
+    *[Case("mora", mora_count(2, kind), {"mora": {"r": 2, "mora_type": kind}}) for kind in (1, 2, 6)],
+    Case("remora", mora_count(1, 1), {"mora": {"r": 1}}),
     Case("bitfit", biases),
     Case("freeze", last_layer, {"freeze": {"last_layers": 1}}),
     Case("full", lambda m: sum(p.numel() for p in m.parameters()), reversible=False),

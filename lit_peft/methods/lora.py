@@ -181,6 +181,8 @@ class LoRAConfig:
         Raises:
             ValueError: for a LoRA variant that changes the formula and is not known here.
         """
+        if config.get("use_mora"):
+            raise ValueError("This adapter is MoRA (use_mora: true), not LoRA. Load it with --method mora.")
         init = config.get("init_lora_weights", True)
         if init not in KEEPS_BASE:
             raise ValueError(
@@ -287,7 +289,7 @@ class LoRA(PEFT):
         if config.enable_lora is not None:
             note_slices(model, paths)
         in_place = bias_names(model, config.bias, paths) | parameters_of(model, saved)
-        join(model, layers, lambda base: layer_class(config, base))
+        join(model, layers, self.adapter_class)
         untie(model, saved)
         remember(
             model,
@@ -298,6 +300,10 @@ class LoRA(PEFT):
     def is_trainable(self, name: str, parameter: nn.Parameter) -> bool:
         """Modules to save and the chosen biases are."""
         return super().is_trainable(name, parameter) or (bool(self._in_place) and bare(name) in self._in_place)
+
+    def adapter_class(self, base: nn.Module) -> type[Adapter]:
+        """Return the class of adapter for one module."""
+        return layer_class(self.lora, base)
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take rank, scale and targets from an adapter folder.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lit_peft import hub
 from lit_peft.catalogue import FACTS
+from lit_peft.forks import kind_of
 from lit_peft.saved import locate, merge_summary, method_of, read_checkpoint
 from lit_peft.targets import KEYS, bare
 from lit_peft.tensor_files import load_tensors, shapes
@@ -93,7 +94,7 @@ def _checkpoint(path: Path) -> Contents:
 def _adapter(folder: Path) -> Contents:
     meta, contents = hub.read_meta(folder), Contents("adapter")
     for part, config in zip(hub.part_folders(folder), hub.read_configs(folder), strict=True):
-        name = config["peft_type"].removeprefix("LIT_").lower()
+        name = kind_of(config).removeprefix("LIT_").lower()
         noted = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
         contents.facts["base"] = _base({**noted, **{k: v for k, v in meta.get("base", {}).items() if v}})
         contents.facts[name] = _shown({k: v for k, v in config.items() if k not in _NOT_SETTINGS})
@@ -103,7 +104,7 @@ def _adapter(folder: Path) -> Contents:
         if name == "lora":
             contents.scales["lora"] = _scale(config.get("r", 8), config.get("lora_alpha", 8), config.get("use_rslora"))
         try:
-            method_of(config["peft_type"], folder)
+            method_of(kind_of(config), folder)
         except ValueError as error:
             contents.facts["note"] = str(error)
         for key, tensor in load_tensors(part / hub.WEIGHTS).items():

@@ -26,6 +26,9 @@ STEPS, HALF = 5, 2  # an epoch has three steps: HALF is in its middle
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"r": 4}},
     "rslora": {"lora": {"r": 4}},
+    "relora": {"lora": {"r": 4}, "restart_every": 1},  # so that the checkpoint in the middle has base weights
+    "mora": {"mora": {"r": 2}},
+    "remora": {"mora": {"r": 2}, "restart_every": 2, "restart_warmup": 1},
     "bitfit": {},
     "freeze": {"freeze": {"last_layers": 1}},
     "full": {},
@@ -57,9 +60,9 @@ def strategy(name: str) -> Any:
 
 def trained(module: PEFT) -> dict[str, Tensor]:
     """Whole tensors of what was trained, on every process."""
-    found = {}
+    found, keys = {}, module.trained_keys()  # with the base weights that a restart has rewritten
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or name in keys:
             data = parameter.detach()
             found[name] = (data.full_tensor() if hasattr(data, "full_tensor") else data).clone()
     return found
