@@ -26,6 +26,7 @@ from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.methods.lora import LoRA, LoRAConfig
 from lit_peft.mixin import PEFT
 from lit_peft.rewriting import fold_in, note, rewritten
+from lit_peft.targets import bare
 from lit_peft.weights import put
 
 VERSION = 1  # of the layout of LIT_RELORA folders
@@ -96,7 +97,7 @@ class Restarting(PEFT):
     def restarts(self) -> dict[str, int]:
         """Return how often each adapter was restarted, by the path of its layer, for `adapter_config.json`."""
         assert self.model is not None
-        return {hub.bare(path): count for path, count in rewritten(self.model).items()}
+        return {bare(path): count for path, count in rewritten(self.model).items()}
 
     def load_adapter(self, folder: str | Path, name: str = "default") -> None:
         """Copy a saved adapter's weights into one named set, and the rewritten base weights that came with it.
@@ -109,7 +110,7 @@ class Restarting(PEFT):
         stored: dict[str, int] = {}
         for config in hub.read_configs(folder):
             stored |= config.get("restarts") or {}
-        counts = {path: stored.get(hub.bare(path), 0) for path in adapters}
+        counts = {path: stored.get(bare(path), 0) for path in adapters}
         lost = {
             path: adapters[path].base.get_parameter("weight").detach().clone() for path in before if not counts[path]
         }
