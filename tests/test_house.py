@@ -38,7 +38,7 @@ ROOMS = {
     "merging": "adapter weights hub backbone",
     "callbacks": "adapter named weights module hub merging backbone faults",
     "mixin": "selection adapter named module sites structure hub callbacks",
-    "low_rank": "adapter structure weights ops",
+    "low_rank": "selection adapter structure weights ops",
     "methods": "adapter named sites structure targets weights low_rank mixin module callbacks ops",
     "tasks": "adapter module data backbone sites structure",
     "zoo": "methods tasks catalogue module",

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_peft.adapter import Adapter, innermost, join, named_adapters
+from lit_peft.low_rank import dora, residual
 from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.mixin import PEFT
 from lit_peft.sites import match
@@ -26,7 +27,8 @@ from lit_peft.targets import KEYS, stored_targets
 # PEFT's settings that leave plain LoRA's formula as it is, or are read below; any other must be off.
 PLAIN = frozenset(
     "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version runtime_config "
-    "r lora_alpha lora_dropout use_rslora target_modules exclude_modules layers_to_transform layers_pattern "
+    "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern "
+    "target_modules exclude_modules layers_to_transform layers_pattern "
     "modules_to_save fan_in_fan_out init_lora_weights loftq_config eva_config corda_config lora_ga_config "
     f"velora_config megatron_core qalora_group_size ensure_weight_tying {KEYS}".split()
 )
@@ -53,10 +55,11 @@ class LoRAConfig:
         use_rslora: scale by alpha / sqrt(r) instead.
         use_dora: train a magnitude for each output, and the low rank for the direction only (DoRA).
         init_lora_weights: how A and B start: `default` (Kaiming-uniform A, zero B), `gaussian`, `orthogonal`, or from
-            the base's weight (`pissa`, `olora`), or from its inputs (`eva`).
+            the base's weight (`pissa`, `pissa_niter_4` and `_16` for a faster, randomised SVD, `olora`), or from its
+            inputs (`eva`). `loaded` is what is noted when they came from a file; variants then add nothing.
         enable_lora: for fused query-key-value layers: which of the three get an update of their own; None: one update
             for the whole layer.
-        loraplus_lr_ratio: learning rate of B over that of A (LoRA+).
+        loraplus_lr_ratio: under LoRA+, learning rate of B over that of A.
         loraplus_lr_embedding: learning rate of adapted embeddings under LoRA+.
 
     Raises:
@@ -75,9 +78,11 @@ class LoRAConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     use_dora: bool = False
-    init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "default"
+    init_lora_weights: Literal[
+        "default", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva", "loaded"
+    ] = "default"
     enable_lora: list[bool] | None = None
-    loraplus_lr_ratio: float = 1.0
+    loraplus_lr_ratio: float = 16.0
     loraplus_lr_embedding: float = 1e-6
 
     default_lr: ClassVar[float] = 2e-4
@@ -91,25 +96,53 @@ class LoRAConfig:
             raise ValueError(f"lora.alpha is {self.alpha}; it must be above 0.")
         if not self.target_modules:
             raise ValueError("lora.target_modules is empty. Name some, or leave it out for all linear layers.")
+        for key in ("loraplus_lr_ratio", "loraplus_lr_embedding"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"lora.{key} is {getattr(self, key)}; it must be above 0.")
+        if self.use_dora and self.residual:
+            raise ValueError(f"use_dora does not go with init_lora_weights={self.init_lora_weights!r}. Choose one.")
 
     @property
     def scale(self) -> float:
         """The factor s in front of B A."""
         return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
+    @property
+    def residual(self) -> bool:
+        """Whether A and B start inside the base's weight, which stays as it is (PiSSA, OLoRA)."""
+        return self.init_lora_weights.startswith(residual.ResidualLinear.starts)
+
+    def plain(self) -> LoRAConfig:
+        """Return the plain LoRA of twice the rank and the same scale that a PiSSA or OLoRA set is saved as."""
+        factor = math.sqrt(2) if self.use_rslora else 2
+        return replace(
+            self,
+            r=2 * self.r,
+            alpha=factor * self.alpha,
+            rank_pattern={key: 2 * r for key, r in self.rank_pattern.items()},
+            alpha_pattern={key: factor * alpha for key, alpha in self.alpha_pattern.items()},
+            init_lora_weights="loaded",
+        )
+
     def at(self, path: str) -> LoRAConfig:
         """Return the settings of one layer: rank and alpha as the patterns say."""
+        path = path.replace(".base.", ".")  # patterns know the model without adapters
         r, alpha = _find(self.rank_pattern, path, self.r), _find(self.alpha_pattern, path, self.alpha)
         return self if (r, alpha) == (self.r, self.alpha) else replace(self, r=r, alpha=alpha)
 
     def to_peft(self) -> dict[str, Any]:
         """Return the settings under HF PEFT's names."""
+        if self.residual:
+            return self.plain().to_peft()
         return {
             "peft_type": "LORA",
             "r": self.r,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
             "bias": "none",
         }
 
@@ -138,6 +171,10 @@ class LoRAConfig:
             target_modules=config["target_modules"],
             exclude_modules=config.get("exclude_modules"),
             use_rslora=config.get("use_rslora", False),
+            use_dora=config.get("use_dora", False),
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
+            init_lora_weights="loaded",
         )
 
 
@@ -147,7 +184,19 @@ def _find(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
 
 def layer_class(config: LoRAConfig, module: nn.Module) -> type[Adapter]:
     """Return the class of adapter for one module."""
+    if config.use_dora:
+        return dora.DoRALinear
+    if config.residual:
+        return residual.ResidualLinear
     return LoRALinear
+
+
+def check_layer(path: str, config: LoRAConfig, module: nn.Module) -> None:
+    """Raise a ValueError where a variant of LoRA cannot adapt a layer."""
+    if config.use_dora:
+        dora.check_layer(path, module)
+    if config.residual:
+        residual.check_layer(path, module, config)
 
 
 class LoRA(PEFT):
@@ -162,18 +211,35 @@ class LoRA(PEFT):
     """
 
     method = "lora"
+    default_lr: ClassVar[float] = LoRAConfig.default_lr
     preset: ClassVar[dict[str, Any]] = {}  # what a variant fixes in the configuration, whatever else the user sets
 
     def __init__(self, *args: Any, lora: LoRAConfig = LoRAConfig(), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.lora = self.configured(LoRAConfig, "lora", lora, **self.preset)
+        self.lora = self.configured(LoRAConfig, "lora", lora, **self.fixed(lora))
+
+    @classmethod
+    def fixed(cls, given: LoRAConfig | Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what this variant fixes in a given configuration: nothing in one that came with its weights."""
+        start = given.get("init_lora_weights") if isinstance(given, Mapping) else given.init_lora_weights
+        if start == "loaded":
+            return {}
+        return {key: value for c in reversed(cls.__mro__) for key, value in c.__dict__.get("preset", {}).items()}
 
     def place_adapters(self) -> None:
         """Put a `LoRALinear` around every target."""
         super().place_adapters()
         assert self.model is not None
         paths = match(self.model, self.lora.target_modules, exclude_modules=self.lora.exclude_modules)
-        join(self.model, {path: self.lora.at(path) for path in paths}, lambda base: layer_class(self.lora, base))
+        where = {path: self.lora.at(path) for path in paths}
+        for path, config in where.items():
+            check_layer(path, config, innermost(self.model.get_submodule(path)))
+        join(self.model, where, lambda base: layer_class(self.lora, base))
+
+    def learning_rate(self, name: str, parameter: nn.Parameter) -> float | None:
+        """Return this variant's rate for its own weights."""
+        preferred = super().learning_rate(name, parameter)
+        return self.default_lr if preferred == LoRAConfig.default_lr and "lora_" in name else preferred
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take rank, scale and targets from an adapter folder.

@@ -26,6 +26,11 @@ STEPS, HALF = 5, 2  # an epoch has three steps: HALF is in its middle
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"r": 4}},
     "rslora": {"lora": {"r": 4}},
+    "dora": {"lora": {"r": 4}},
+    "pissa": {"lora": {"r": 4}},
+    "olora": {"lora": {"r": 4}},
+    "eva": {"lora": {"r": 4}},
+    "loraplus": {"lora": {"r": 4}},
     "bitfit": {},
     "freeze": {"freeze": {"last_layers": 1}},
     "full": {},
