@@ -1,8 +1,9 @@
 """EVA's calibration: where the inputs of the adapted layers vary most, found on a few training batches.
 
-Paischer et al. 2024, https://arxiv.org/abs/2410.07170. For each layer an incremental principal component analysis of its
-inputs X (tokens, in) runs until the directions stand still. A starts at the first r_i of them, and the total rank goes
-to the layers where a direction explains most: r_i is how many of the layer's shares of variance are among the largest.
+Paischer et al. 2024, https://arxiv.org/abs/2410.07170. For each layer an incremental principal component analysis of
+its inputs X (tokens, in) runs until the directions stand still. A starts at the first r_i of them, and the total rank
+goes to the layers where a direction explains most: r_i is how many of a layer's shares of variance are among the
+largest of all.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from lit_peft.targets import shortest_targets
 class EVA(LoRA):
     """LoRA that starts at the main directions of each layer's inputs, with ranks to match.
 
-    `Trainer.fit` calibrates on the training data before the first step; give an `EVACalibration` of your own to set how.
-    Without a Trainer it starts as plain LoRA and says so.
+    `Trainer.fit` calibrates on the training data before the first step; give it an `EVACalibration` of your own to set
+    how. Without a Trainer it starts as plain LoRA and says so.
 
     Example:
         >>> from lit_peft import EVA, SFT

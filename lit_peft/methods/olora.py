@@ -1,7 +1,7 @@
 """OLoRA: starts at an orthonormal basis of each weight (Büyükakyüz 2024, https://arxiv.org/abs/2406.01775).
 
-With W = Q R: A0 = the first r rows of R, B0 = the first r columns of Q. See `low_rank/residual.py` for how the base stays
-as it is.
+With W = Q R: A0 = the first r rows of R, B0 = the first r columns of Q. See `low_rank/residual.py` for how the base
+stays as it is.
 """
 
 from __future__ import annotations
