@@ -9,10 +9,10 @@ largest of all.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities import move_data_to_device, rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import move_data_to_device, rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,7 +57,7 @@ class Directions:
 
     Attributes:
         components: (count, in), by falling variance.
-        shares: (count,), each one's share of the whole variance.
+        sizes: (count,), their singular values.
     """
 
     def __init__(self, count: int) -> None:
@@ -84,10 +84,10 @@ class Directions:
         if before is not None and before.shape == self.components.shape:
             self.still = bool(((before * self.components).sum(1).abs() >= tau).all())
 
-    @property
-    def shares(self) -> Tensor:
-        """Each component's share of the variance."""
-        return self.sizes.square() / max(self.total, torch.finfo(torch.float32).tiny)
+    def shares_of(self, count: int) -> list[float]:
+        """Return the first components' shares of the variance, as many as asked for and the width allows."""
+        shares = self.sizes.square() / max(self.total, torch.finfo(torch.float32).tiny)
+        return (shares.tolist() + [0.0] * count)[: min(count, self.components.shape[1])]
 
     def first(self, r: int) -> Tensor:
         """Return r directions (r, in): the components, and where there are too few, any that are orthogonal to them."""
@@ -176,17 +176,11 @@ class EVACalibration(AdapterCallback):
         eva = cast(Calibrates, module)
         if not eva.uncalibrated():
             return
-        if trainer is None:
-            rank_zero_warn(
-                "EVA starts as plain LoRA here, because no Trainer means no training data. Use Trainer.fit, or call "
-                "EVACalibration().calibrate(module, batches) before training."
-            )
+        if trainer is None or trainer.state.fn != "fit":
             return
-        if trainer.ckpt_path:
-            settings = trainer.strategy.broadcast(_noted(Path(trainer.ckpt_path)) if trainer.is_global_zero else None)
-            eva.recall(settings)
-            return
-        if trainer.state.fn != "fit":
+        checkpoint = _resumed_from(trainer)
+        if checkpoint is not None:
+            eva.recall(trainer.strategy.broadcast(_noted(checkpoint) if trainer.is_global_zero else None))
             return
         with isolate_rng():
             pieces = list(islice(_undisturbed(_loader(trainer, module)), self.max_batches))
@@ -224,7 +218,7 @@ class EVACalibration(AdapterCallback):
         """
         eva = cast(Calibrates, module)
         model, ranks = eva.model, eva.uncalibrated()
-        most = {p: min(round(self.rho * r), model.get_submodule(p).in_features) for p, r in ranks.items()}
+        most = {path: round(self.rho * r) for path, r in ranks.items()}
         watch = _Watch(model, ranks)
         found: dict[str, Directions] = {}
         device = next(model.parameters()).device
@@ -241,7 +235,7 @@ class EVACalibration(AdapterCallback):
                 if found and all(one.still for one in found.values()):
                     break
         seen = {path: found[watch.leaders[path]] for path in ranks if watch.leaders.get(path) in found}
-        shares = {p: F.pad(one.shares, (0, most[p]))[: most[p]].tolist() for p, one in seen.items()}
+        shares = {path: one.shares_of(most[path]) for path, one in seen.items()}
         new = redistribute(shares, sum(ranks[path] for path in seen))
         done = sum(one.still for one in found.values())
         rank_zero_info(
@@ -256,7 +250,7 @@ def run_model(module: Any, batch: Any) -> Any:
     model = module.model
     if not isinstance(batch, Mapping):
         return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    names = signature(model.forward).parameters
+    names = inspect.signature(model.forward).parameters
     inputs = {key: value for key, value in batch.items() if key in names}
     labels = inputs.pop("labels", None)
     if labels is not None and labels.ndim > 1 and getattr(model.config, "is_encoder_decoder", False):
@@ -376,6 +370,20 @@ def _undisturbed(loader: Any) -> Iterator[Any]:
 def iter_once(data: Any) -> bool:
     """Whether iterating over something uses it up."""
     return isinstance(data, Iterator)
+
+
+def _resumed_from(trainer: Trainer) -> Path | None:
+    """Return the checkpoint that a run goes on from.
+
+    Lightning reads it when the model stands, and under FSDP2 is sharded: too late for other shapes. Until then the path
+    is only an argument of its running method, and so it is looked up there.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_locals.get("self") is trainer and frame.f_locals.get("ckpt_path"):
+            return Path(frame.f_locals["ckpt_path"])
+        frame = frame.f_back
+    return Path(trainer.ckpt_path) if trainer.ckpt_path else None
 
 
 def _noted(checkpoint: Path) -> dict[str, Any]:

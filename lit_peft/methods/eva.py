@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lit_peft.adapter import Adapter
@@ -45,6 +47,23 @@ class EVA(LoRA):
         if not any(isinstance(callback, EVACalibration) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
             callbacks.append(EVACalibration())
         return callbacks
+
+    def configure_model(self) -> None:
+        """Say so where no calibration can follow."""
+        first = not self._placed
+        super().configure_model()
+        if first and self._trainer is None and self.uncalibrated():
+            rank_zero_warn(
+                "EVA starts as plain LoRA here, because no Trainer means no training data. Use Trainer.fit, or call "
+                "EVACalibration().calibrate(module, batches) before training."
+            )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the ranks first, where they are not known yet."""
+        noted = checkpoint.get("hyper_parameters", {}).get("lora", {})
+        if self._placed and self.uncalibrated() and self._trainer is not None and not self.trainer.optimizers:
+            self.recall(noted)
+        super().on_load_checkpoint(checkpoint)
 
     def uncalibrated(self) -> dict[str, int]:
         """Return the ranks of the layers that wait for a calibration, by path."""
@@ -105,7 +124,8 @@ class EVA(LoRA):
             assert isinstance(adapter, Adapter)
             adapter.remove("default")
             if config is not None:
-                adapter.add("default", replace(config, init_lora_weights="loaded"))
+                with isolate_rng():  # what is drawn next stays what it would have been
+                    adapter.add("default", replace(config, init_lora_weights="loaded"))
             elif not adapter.configs:
                 for alias in [alias for alias, module in modules.items() if module is adapter]:
                     self.model.set_submodule(alias, adapter.base)
