@@ -60,6 +60,10 @@ class Directions:
         sizes: (count,), their singular values.
     """
 
+    mean: Tensor
+    sizes: Tensor
+    components: Tensor
+
     def __init__(self, count: int) -> None:
         self.count = count
         self.rows = 0
@@ -180,7 +184,7 @@ class EVACalibration(AdapterCallback):
             return
         checkpoint = _resumed_from(trainer)
         if checkpoint is not None:
-            eva.recall(trainer.strategy.broadcast(_noted(checkpoint) if trainer.is_global_zero else None))
+            eva.recall(trainer.strategy.broadcast(_noted(checkpoint) if trainer.is_global_zero else {}))
             return
         with isolate_rng():
             pieces = list(islice(_undisturbed(_loader(trainer, module)), self.max_batches))
@@ -193,7 +197,7 @@ class EVACalibration(AdapterCallback):
             raise ValueError("EVA found no training batch to calibrate on. Check the training data.")
         if not isinstance(trainer.strategy, ModelParallelStrategy):  # there the whole model may not fit one device
             eva.model.to(trainer.strategy.root_device)
-        found = self.directions(module, steps) if trainer.is_global_zero else None
+        found = self.directions(module, steps) if trainer.is_global_zero else {}
         eva.calibrate(trainer.strategy.broadcast(found))
 
     def calibrate(self, module: AdaptableModule, batches: Iterable[Any]) -> None:

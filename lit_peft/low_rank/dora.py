@@ -79,22 +79,12 @@ class DoRALinear(LoRALinear):
             square: Tensor = self.dora_square + s * (b * (2 * across + s * (b @ (a @ a.t())))).sum(1)
         return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
 
-    def shares(self, x: Tensor) -> list[tuple[str, Tensor | None]]:
-        """Return the names that act in this call, each with its rows.
-
-        Raises:
-            TypeError: if a set acts on a row together with another one on this layer: lengths do not add up.
-        """
-        names = super().shares(x)
-        if names:
-            self._check_alone()
-        return names
-
     def _check_alone(self) -> None:
-        choice, inner = acting(self.scope), []
+        choice = acting(self.scope)
+        inner: list[str] = []  # names at this layer, from here to the base
         module: nn.Module = self
         while isinstance(module, Adapter):
-            inner += [name for name in module.configs]
+            inner += list(module.configs)
             module = module.base
         if isinstance(choice, Rows):
             rows = [row for name in choice.names for row in choice.rows(name) * inner.count(name)]
@@ -108,10 +98,15 @@ class DoRALinear(LoRALinear):
             )
 
     def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return b + (m / n) (W x + s B A x): (..., in), (..., out) -> (..., out)."""
+        """Return b + (m / n) (W x + s B A x): (..., in), (..., out) -> (..., out).
+
+        Raises:
+            TypeError: if another set acts on the same rows of this layer: lengths do not add up.
+        """
+        self._check_alone()
         config: LoRAConfig = self.configs[name]
         ratio = self.lora_magnitude[name] / self.norm(name)
-        bias = innermost(self.base).bias
+        bias: Tensor | None = innermost(self.base).bias  # type: ignore[assignment]
         turned = y  # W x: what the ratio scales
         if config.dropout and self.training:
             x = F.dropout(x, config.dropout)
@@ -130,7 +125,8 @@ class DoRALinear(LoRALinear):
         weight = _exact(dense(innermost(self.base)))
         turned = weight + super().delta(name).to(weight.device, weight.dtype)
         n = torch.linalg.vector_norm(turned, dim=1).clamp_min(torch.finfo(turned.dtype).tiny)
-        return (self.lora_magnitude[name] / n)[:, None] * turned - weight
+        delta: Tensor = (self.lora_magnitude[name] / n)[:, None] * turned - weight
+        return delta
 
     def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
         """Fold direction and length into W.

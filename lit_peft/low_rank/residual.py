@@ -106,15 +106,19 @@ class ResidualLinear(LoRALinear):
         a.copy_(a0 / share)
         b.copy_(b0 / share)
 
-    def plain(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the same update as plain LoRA: A' (2r, in) and B' (out, 2r)."""
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the update as the plain LoRA that is multiplied: A' (2r, in) and B' (out, 2r)."""
         a, b, a0, b0 = (_whole(part[name]) for part in (self.lora_a, self.lora_b, self.lora_a0, self.lora_b0))
         return torch.cat([a, a - a0]), torch.cat([b - b0, b0], dim=1)
+
+    def stored_rank(self, name: str) -> int:
+        """Return the rank of A' and B'."""
+        return 2 * int(self.configs[name].r)
 
     def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s (B A - B0 A0) dropout(x): (..., in), (..., out) -> (..., out)."""
         config: LoRAConfig = self.configs[name]
-        a, b = self.plain(name)
+        a, b = self.pair(name)
         h: Tensor = F.dropout(x, config.dropout, self.training) if config.dropout else x
         h = F.linear(h, a.to(h.dtype))
         rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype)
@@ -122,13 +126,13 @@ class ResidualLinear(LoRALinear):
 
     def delta(self, name: str) -> Tensor:
         """Return s (B A - B0 A0), (out, in), in float32."""
-        a, b = self.plain(name)
+        a, b = self.pair(name)
         delta: Tensor = self.configs[name].scale * (b.float() @ a.float())
         return delta
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return the set as plain LoRA of twice the rank, under HF PEFT's names."""
-        a, b = self.plain(name)
+        a, b = self.pair(name)
         return {"lora_A.weight": a.detach(), "lora_B.weight": b.detach()}
 
     def load_tensors(self, tensors: Mapping[str, Tensor], name: str = "default") -> None:

@@ -119,7 +119,7 @@ class EVA(LoRA):
     def _rebuild(self, configs: Mapping[str, LoRAConfig | None]) -> None:
         assert self.model is not None
         modules: dict[str, nn.Module] = dict(self.model.named_modules(remove_duplicate=False))
-        for path in reversed(configs):  # inner ones first
+        for path in reversed(list(configs)):  # inner ones first
             adapter, config = modules[path], configs[path]
             assert isinstance(adapter, Adapter)
             adapter.remove("default")
