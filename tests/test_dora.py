@@ -105,7 +105,49 @@ def test_buffer_moves_with_the_layer_and_is_in_no_checkpoint() -> None:
     made = layer()
     assert "dora_square" in dict(made.named_buffers())
     assert "dora_square" not in made.state_dict()
-    assert made.to("meta").dora_square.device.type == "meta"
+    buffer = made.dora_square
+    assert made.float().dora_square is not buffer
+    assert made.dora_square.dtype == torch.float32
+    expected = made.norm("default")
+    made.bfloat16().float()  # what was rounded is worked out again
+    torch.testing.assert_close(made.norm("default"), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(made.dora_square, dense(made.base).square().sum(1), rtol=1e-6, atol=1e-6)
+    assert made.to("meta").dora_square is None
+
+
+class Quantised(nn.Linear):
+    """Keeps its weight in eighths and can say what it is."""
+
+    def dequantised(self) -> Tensor:
+        return (self.weight * 8).round() / 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantised(), self.bias)
+
+
+@pytest.mark.parametrize("start", ["default", "pissa", "olora"])
+def test_works_on_a_base_that_holds_no_plain_weight(start: Any) -> None:
+    """DoRA's lengths and the starts from the weight are those of the dequantised one."""
+    from lit_peft.low_rank.residual import ResidualLinear
+
+    torch.manual_seed(0)
+    config = LoRAConfig(r=3, alpha=5, use_dora=start == "default", init_lora_weights=start)
+    made = (DoRALinear if config.use_dora else ResidualLinear)(Quantised(7, 5), config)
+    plain = nn.Linear(7, 5)
+    with torch.no_grad():
+        plain.weight.copy_(made.base.dequantised())
+        plain.bias.copy_(made.base.bias)
+    other = type(made)(plain, config)
+    if config.use_dora:  # A starts at random
+        other.lora_a["default"].data = made.lora_a["default"].data.clone()
+    for one in (made, other):
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for _, parameter in one.trained_parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    x = torch.randn(4, 7)
+    torch.testing.assert_close(made(x), other(x))
+    assert not torch.allclose(made(x), made.base(x), atol=1e-2)
 
 
 def test_sets_are_routed_by_row_and_refused_together() -> None:

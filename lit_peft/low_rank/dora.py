@@ -11,7 +11,7 @@ with |W_i|^2 kept, the middle term from W A^T (out, r) and the last one from A A
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +64,14 @@ class DoRALinear(LoRALinear):
             self.lora_magnitude[name] = nn.Parameter(torch.empty(b.shape[0], device="meta"))
         else:
             self.lora_magnitude[name] = nn.Parameter(self.norm(name).to(b.dtype))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast the layer; what is kept of W in less than float32, or of no W, is worked out again."""
+        super()._apply(fn, recurse)
+        kept = self.dora_square
+        if kept is not None and (kept.dtype.itemsize < 4 or kept.is_meta):
+            self.dora_square = None
+        return self
 
     @torch.no_grad()
     def norm(self, name: str) -> Tensor:
