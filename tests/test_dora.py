@@ -246,3 +246,8 @@ def test_peft_agrees_on_files_logits_and_gradients(kind: str, dropout: float, tm
     module.save_adapter(tmp_path / "ours")
     back = peft.PeftModel.from_pretrained(tiny(kind), str(tmp_path / "ours")).eval()
     torch.testing.assert_close(back(ids).logits, found[1][0], rtol=1e-5, atol=2e-6)
+    from lit_peft import load
+
+    loaded = load(tmp_path / "ours", backbone=str(folder), device="cpu", task="sft", check_base=False)
+    assert type(loaded).__name__ == "LoRASFT"  # the folder says what it is
+    torch.testing.assert_close(loaded.model(ids).logits, found[1][0], rtol=1e-6, atol=1e-6)
