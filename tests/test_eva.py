@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lit_peft import EVA, LoRAConfig, disabled
 from lit_peft.adapter import named_adapters
 from lit_peft.callbacks import EVACalibration
-from lit_peft.callbacks.eva_calibration import Directions, redistribute
+from lit_peft.callbacks.input_directions import Directions, redistribute
 from lit_peft.zoo import compose
 from tests.models import save_tiny, tiny
 from tests.test_methods import batch, loader, outputs, quick_trainer, same, shake

@@ -67,7 +67,7 @@ class DoRALinear(LoRALinear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast the layer; what is kept of W in less than float32, or of no W, is worked out again."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         kept = self.dora_square
         if kept is not None and (kept.dtype.itemsize < 4 or kept.is_meta):
             self.dora_square = None
