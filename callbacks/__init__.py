@@ -14,6 +14,7 @@ _HOME = {
     "Throughput": "throughput",
     "AnswerWriter": "answer_writer",
     "RunProgress": "run_progress",
+    "EVACalibration": "eva_calibration",
     "GracefulStop": "graceful_stop",
 }
 __all__ = list(_HOME)

@@ -40,6 +40,11 @@ class Rows:
         """The names that some row asks for."""
         return tuple(self._rows)
 
+    def rows(self, name: str) -> list[int]:
+        """Return the rows that ask for a name."""
+        found = self._rows.get(name)
+        return [] if found is None else found.tolist()
+
     def of(self, name: str, x: Tensor) -> Tensor:
         """Return the indices into the first dimension of x (rows, ..., width) that a name acts on; may be empty.
 

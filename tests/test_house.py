@@ -41,7 +41,7 @@ ROOMS = {
     "merging": "adapter weights hub backbone rewriting",
     "callbacks": "adapter named weights module hub merging backbone faults rewriting",
     "mixin": "selection adapter named module sites structure hub callbacks rewriting",
-    "low_rank": "adapter structure targets weights ops",
+    "low_rank": "adapter structure targets weights ops selection",
     "methods": "adapter named sites structure targets weights low_rank hub rewriting mixin module callbacks ops",
     "tasks": "adapter module data backbone sites structure",
     "zoo": "methods tasks catalogue module",

@@ -132,7 +132,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "unknown type": (lambda f: edited(f, peft_type="WARP"), "holds WARP, but this model has LORA"),
     "another method": (lambda f: edited(f, peft_type="LIT_FREEZE"), "holds LIT_FREEZE, but this model has LORA"),
     "no targets": (lambda f: edited(f, target_modules=None), "names no target_modules"),
-    "dora": (lambda f: edited(f, use_dora=True), "use_dora=True"),
+    "dora": (lambda f: edited(f, use_dora=True), "lacks 'model.layers.0.self_attn.q_proj.lora_magnitude_vector'"),
     "lora_bias": (lambda f: edited(f, lora_bias=True), "lora_bias=True"),
     "rank_pattern": (
         lambda f: edited(f, rank_pattern={"q_proj": 2}),

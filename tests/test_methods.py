@@ -73,6 +73,15 @@ CASES = [
     Case("relora", lora_count(3), {"lora": {"r": 3}}),
     *[Case("mora", mora_count(2, kind), {"mora": {"r": 2, "mora_type": kind}}) for kind in (1, 2, 6)],
     Case("remora", mora_count(1, 1), {"mora": {"r": 1}}),
+    Case(
+        "dora",
+        lambda m: lora_count(4)(m) + sum(widths(linear)[1] for linear in linears(m).values()),
+        {"lora": {"r": 4}},
+    ),
+    Case("pissa", lora_count(4), {"lora": {"r": 4}}),
+    Case("olora", lora_count(3), {"lora": {"r": 3}}),
+    Case("eva", lora_count(4), {"lora": {"r": 4}}),
+    Case("loraplus", lora_count(4), {"lora": {"r": 4}}),
     Case("bitfit", biases),
     Case("freeze", last_layer, {"freeze": {"last_layers": 1}}),
     Case("full", lambda m: sum(p.numel() for p in m.parameters()), reversible=False),
@@ -256,7 +265,9 @@ def test_checkpoint_holds_only_what_is_trained_and_resumes_exactly(
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     kept = {key for key in content["state_dict"] if key.startswith("model.")}
-    assert kept == {f"model.{n}" for n, p in first.model.named_parameters(remove_duplicate=False) if p.requires_grad}  # type: ignore[union-attr]
+    trained = {f"model.{n}" for n, p in first.model.named_parameters(remove_duplicate=False) if p.requires_grad}  # type: ignore[union-attr]
+    frozen = {f"model.{path}.{n}" for path, a in named_adapters(first.model) for n, _ in a.own_parameters()}  # type: ignore[arg-type]
+    assert kept == trained | frozen
     second = build(case, folder, task)
     shake(second)
     quick_trainer(tmp_path, max_epochs=2).fit(second, loader(task, 3), ckpt_path=tmp_path / "a.ckpt", weights_only=True)

@@ -33,17 +33,26 @@ class LoRALinear(Adapter):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    use_dora: ClassVar[bool] = False  # which sets this class can hold
+    starts: ClassVar[tuple[str, ...]] = ("default", "loaded", "gaussian", "orthogonal", "eva")
 
     def add(self, name: str, config: LoRAConfig) -> None:
         """Make A (r, in) and B (out, r) of another named set.
 
         Raises:
             ValueError: if the name is taken, or this or another set trains weights of the base itself.
+            TypeError: if the set needs another kind of adapter.
         """
         if self.configs and any(c.bias != "none" or c.modules_to_save for c in (config, *self.configs.values())):
             raise ValueError(
                 f"lora.bias and lora.modules_to_save train the base itself, which all named adapters share: {name!r} "
                 "cannot stand beside another set here. Leave both out to hold several adapters."
+            )
+        kind = config.init_lora_weights
+        if config.use_dora != self.use_dora or not kind.startswith(self.starts):
+            raise TypeError(
+                f"A {type(self).__name__} cannot hold a set with use_dora={config.use_dora} and {kind} start. Add sets "
+                "of one kind, or `join` them."
             )
         super().add(name, config)
         if "lora_a" not in self._modules:
@@ -65,7 +74,12 @@ class LoRALinear(Adapter):
 
     def start(self, a: Tensor, b: Tensor, config: LoRAConfig) -> None:
         """Fill A (r, in), empty so far, and B (out, r), zero so far, with their starting values."""
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(a, std=1 / config.r)
+        elif config.init_lora_weights == "orthogonal":
+            orthogonal(a, b)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
 
     def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s B A dropout(x): (..., in), (..., out) -> (..., out)."""
@@ -110,3 +124,18 @@ class LoRALinear(Adapter):
         if rank != config.r:
             alpha *= math.sqrt(rank / config.r) if config.use_rslora else rank / config.r
         return {"r": rank, "lora_alpha": alpha, "use_rslora": config.use_rslora}
+
+
+@torch.no_grad()
+def orthogonal(a: Tensor, b: Tensor) -> None:
+    """Fill A (r, in) and B (out, r) from the odd and the even rows of one random orthogonal matrix, so that B A = 0.
+
+    Raises:
+        ValueError: if the rank is odd.
+    """
+    r = a.shape[0]
+    if r % 2:
+        raise ValueError(f"lora.r is {r}, and an orthogonal start halves it. Choose an even rank.")
+    q, _ = torch.linalg.qr(torch.randn(r, r, device=a.device))
+    a.copy_(q[0::2].t() @ torch.randn(r // 2, a.shape[1], device=a.device) / 10)
+    b.copy_(torch.randn(b.shape[0], r // 2, device=b.device) @ q[1::2] / 10)

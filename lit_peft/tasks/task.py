@@ -7,15 +7,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from lit_peft import backbone as backbones
 from lit_peft.module import AdaptableModule
-
-FALLBACK_LR = 2e-5  # for weights whose owner has no preference: that of full fine-tuning
 
 
 class NonFiniteLossError(RuntimeError):
@@ -79,7 +76,6 @@ class Task(AdaptableModule):
         self.warmup = warmup
         self.max_grad_norm = max_grad_norm
         self.gradient_checkpointing = gradient_checkpointing
-        self.thaws: dict[str, float] = {}  # weights that join the training later, with their learning rates
         self.backbone_identity: dict[str, Any] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._config: Any = None
@@ -157,34 +153,10 @@ class Task(AdaptableModule):
 
     # The optimizer ---------------------------------------------------------------------------------------------------
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Group what is trained by learning rate and weight decay; owners' preferences count unless `lr` is set."""
-        groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
-        preferred = set()
-        for full_name, parameter in self.named_parameters():
-            name = full_name.removeprefix("model.")
-            later = name in self.thaws
-            if not (parameter.requires_grad or later):
-                continue
-            if later:
-                lr = self.thaws[name]
-            else:
-                own = self.learning_rate(name, parameter) or FALLBACK_LR
-                preferred.add(own)
-                lr = self.adjusted_learning_rate(name, parameter, own if self.lr is None else self.lr)
-            decay = self.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((lr, decay, later), []).append(parameter)
-        if not groups:
-            raise ValueError(f"{type(self).__name__} trains nothing. Add a method, class Mine(LoRA, ...), or Full.")
-        if self.lr is not None:
-            for own in sorted(preferred):
-                if not 0.1 <= self.lr / own <= 10:
-                    rank_zero_warn(f"lr {self.lr:g} is more than ten times off this method's usual {own:g}.")
-                    break
-        return [
-            {"params": parameters, "lr": lr, "weight_decay": decay, "name": f"{'thawed ' if later else ''}lr {lr:g}"}
-            for (lr, decay, later), parameters in sorted(groups.items(), key=lambda item: item[0])
-        ]
+    def parameter_groups(self, lr: float | None = None, weight_decay: float | None = None) -> list[dict[str, Any]]:
+        """Group what is trained by learning rate and weight decay; `lr` and `weight_decay` are this task's own."""
+        decay = self.weight_decay if weight_decay is None else weight_decay
+        return super().parameter_groups(self.lr if lr is None else lr, decay)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over `parameter_groups`, with warm-up and schedule per optimizer step."""

@@ -29,6 +29,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "relora": {"lora": {"r": 4}, "restart_every": 1},  # so that the checkpoint in the middle has base weights
     "mora": {"mora": {"r": 2}},
     "remora": {"mora": {"r": 2}, "restart_every": 2, "restart_warmup": 1},
+    "dora": {"lora": {"r": 4}},
+    "pissa": {"lora": {"r": 4}},
+    "olora": {"lora": {"r": 4}},
+    "eva": {"lora": {"r": 4}},
+    "loraplus": {"lora": {"r": 4}},
     "bitfit": {},
     "freeze": {"freeze": {"last_layers": 1}},
     "full": {},
