@@ -21,6 +21,7 @@ _HOME = {
     "LoRA": "methods.lora",
     "LoRAConfig": "methods.lora",
     "RsLoRA": "methods.lora",
+    "QLoRA": "methods.qlora",
     "BitFit": "methods.bitfit",
     "BitFitConfig": "methods.bitfit",
     "Freeze": "methods.freeze",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 METHODS: dict[str, str] = {
     "lora": "methods.lora.LoRA",
     "rslora": "methods.lora.RsLoRA",
+    "qlora": "methods.qlora.QLoRA",
     "bitfit": "methods.bitfit.BitFit",
     "freeze": "methods.freeze.Freeze",
     "full": "methods.full.Full",
@@ -67,6 +68,17 @@ FACTS: dict[str, Facts] = {
         merges=True,
         peft_type="LORA",
         paper="https://arxiv.org/abs/2312.03732",
+    ),
+    "qlora": Facts(
+        title="LoRA over a base in four bits (NF4)",
+        keyword="lora",
+        config="methods.lora.LoRAConfig",
+        adapter="methods.lora.LoRALinear",
+        place="linear",
+        trained="r (in + out)",
+        merges=True,
+        peft_type="LORA",
+        paper="https://arxiv.org/abs/2305.14314",
     ),
     "bitfit": Facts(
         title="a change of each bias, nothing else",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import sys
 from functools import cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +153,11 @@ class NF4Linear(nn.Linear):
         >>> layer(torch.ones(2, 64)).shape, layer.dequantised().shape
         (torch.Size([2, 48]), torch.Size([48, 64]))
     """
+
+    unmergeable: ClassVar[str] = (
+        "A 4-bit base cannot be merged into in place: rounding it again would change it. Use `lit-peft merge`, "
+        "write_merged or AdapterMerge, which fold into a dequantised copy, or load the base with quantize='none'."
+    )
 
     def __init__(
         self,

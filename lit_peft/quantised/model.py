@@ -132,3 +132,7 @@ class _Reader(HfQuantizer):  # type: ignore[misc]
     def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         # NF4Linear says itself what it is; the configuration must stay that of the base, for merging and for saving
         self.remove_quantization_config(model)
+        for module in model.modules():
+            bias = getattr(module, "bias", None) if isinstance(module, NF4Linear) else None
+            if bias is not None and not getattr(bias, "_is_hf_initialized", False):  # the file had none
+                nn.init.zeros_(bias)

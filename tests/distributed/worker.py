@@ -26,6 +26,7 @@ STEPS, HALF = 5, 2  # an epoch has three steps: HALF is in its middle
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"r": 4}},
     "rslora": {"lora": {"r": 4}},
+    "qlora": {"lora": {"r": 4, "dropout": 0.0}, "dtype": "float32"},
     "bitfit": {},
     "freeze": {"freeze": {"last_layers": 1}},
     "full": {},
