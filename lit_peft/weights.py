@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+
 def dense(layer: nn.Module) -> Tensor:
     """Return the weight of a linear layer as (out, in), detached, in its own dtype, gathered where it is sharded.
 

@@ -71,6 +71,8 @@ CASES = [
     Case("full", lambda m: sum(p.numel() for p in m.parameters()), {"keep_base": True}),
     Case("lora+bitfit", lambda m: lora_count(4)(m) + biases(m), {"lora": {"r": 4}}),
 ]
+
+
 def label(case: Case) -> str:
     return "-kept" if "keep_base" in case.settings else "-nf4" if "quantize" in case.settings else ""
 

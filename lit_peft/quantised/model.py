@@ -72,7 +72,9 @@ def requantisation_error(weight: Tensor, double_quant: bool = True) -> float:
 def _swap(model: nn.Module, path: str, weight: Tensor, double_quant: bool) -> None:
     layer: Any = model.get_submodule(path)
     transposed = isinstance(layer, Conv1D)
-    quantised = NF4Linear(weight.t() if transposed else weight, layer.bias, double_quant=double_quant, transposed=transposed)
+    quantised = NF4Linear(
+        weight.t() if transposed else weight, layer.bias, double_quant=double_quant, transposed=transposed
+    )
     model.set_submodule(path, quantised.train(layer.training))
 
 

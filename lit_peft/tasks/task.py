@@ -213,9 +213,7 @@ class Task(AdaptableModule):
             optimizer = torch.optim.AdamW(groups, fused=self.device.type == "cuda" and not sharded)
         else:
             if self.device.type != "cuda":
-                raise ValueError(
-                    f"optim {optim!r} needs a CUDA device; this is {self.device.type}. Use optim=adamw."
-                )
+                raise ValueError(f"optim {optim!r} needs a CUDA device; this is {self.device.type}. Use optim=adamw.")
             import bitsandbytes as bnb
 
             kinds = {
