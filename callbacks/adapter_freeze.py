@@ -109,6 +109,6 @@ class AdapterFreeze(AdapterCallback):
 def _check_real(name: str, parameter: torch.nn.Parameter) -> None:
     if not parameter.is_floating_point():
         raise TypeError(
-            f"{name.rpartition('.')[0]} is stored in four bits and cannot be trained in place. Set quantize='none', or use "
-            "a method that leaves the base frozen (lora, bitfit)."
+            f"{name.rpartition('.')[0]} is stored in four bits and cannot be trained in place. Set quantize='none', or "
+            "use a method that leaves the base frozen (lora, bitfit)."
         )

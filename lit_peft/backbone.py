@@ -74,7 +74,7 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     use_safetensors: bool = True,
-    quantize: Literal["nf4"] | None = None,
+    quantize: str | None = None,
     double_quant: bool = True,
     **options: Any,
 ) -> PreTrainedModel:

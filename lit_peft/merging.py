@@ -46,7 +46,8 @@ def write_merged(
 ) -> dict[str, Any]:
     """Fold a module's adapters into a copy of its model and write that as a folder for `from_pretrained`.
 
-    The module itself stays as it is. A base in four bits is dequantised in the copy, which takes its full memory. Under FSDP2 all processes call this together and the first one writes.
+    The module itself stays as it is. A base in four bits is dequantised in the copy, which takes its full memory. Under
+    FSDP2 all processes call this together and the first one writes.
 
     Args:
         module: a configured module with `model`, and `tokenizer` where it has one.
@@ -58,7 +59,8 @@ def write_merged(
     Returns:
         The report, as in `merge_report.json`: `differences` (largest |logit difference| of the merged copy to the
         adapted model, per dtype), `reloaded` (of the folder to the merged copy), `largest_logit`, `dtype`, ...; after a
-        4-bit base `requantised`: relative error (Frobenius; mean, max over layers) if it were stored in four bits again.
+        4-bit base also `requantised`: the relative error (Frobenius; mean and max over the layers) that the merged
+        weights would have if they were stored in four bits again.
 
     Raises:
         FileExistsError: if the folder holds something that is no earlier merge.

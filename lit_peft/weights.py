@@ -1,7 +1,8 @@
 """The weight of a linear layer as a matrix (out, in), whatever layer holds it; and folding a change into it.
 
 `nn.Linear` stores W as (out, in), GPT-2's `Conv1D` as (in, out); a quantised layer stores neither, and says so by a
-method `dequantised()` that returns W, and by `unmergeable` why nothing is folded into it. Methods that need W itself (DoRA, PiSSA, merging) come here.
+method `dequantised()` that returns W, and by an attribute `unmergeable`: why nothing is folded into it. Methods that
+need W itself (DoRA, PiSSA, merging) come here.
 """
 
 from __future__ import annotations

@@ -118,7 +118,8 @@ def test_product_and_gradients(shape: tuple[int, int], bias: bool) -> None:
     assert torch.allclose(x.grad.double(), upstream.double() @ w, atol=1e-4)
     if bias:
         assert torch.allclose(layer.bias.grad.double(), upstream.double().sum((0, 1)), atol=1e-4)
-    assert layer.packed.grad is None and not layer.packed.requires_grad
+    assert layer.packed.grad is None
+    assert not layer.packed.requires_grad
 
 
 def test_backward_pass_keeps_no_dense_weight() -> None:
@@ -143,13 +144,14 @@ def test_bytes_of_a_whole_model() -> None:
     quantise(model)
     stored = sum(m.packed.nbytes for m in model.modules() if isinstance(m, NF4Linear))
     assert stored * 8 / numbers == pytest.approx(4.127, rel=1e-3)
-    assert before == {"lm_head"} and type(model.get_submodule("lm_head")) is nn.Linear
+    assert before == {"lm_head"}
+    assert type(model.get_submodule("lm_head")) is nn.Linear
     assert count(model) == total, "parameters are counted as the numbers they stand for"
     assert sum(p.numel() for p in model.parameters()) < 0.7 * total
 
 
 def test_an_evaluation_changes_no_later_gradient() -> None:
-    """bitsandbytes' own layer repacks its weight in an evaluation on CPUs with AVX512-BF16; gradients are wrong then."""
+    """bitsandbytes' own layer repacks its weight when evaluated on AVX512-BF16; later gradients are wrong then."""
     model = tiny("llama")
     quantise(model)
     for path in list(quantisable(model)):
@@ -175,7 +177,8 @@ def test_an_evaluation_changes_no_later_gradient() -> None:
                 model(input_ids=ids[:1, :1])
                 model(input_ids=ids)
         after = gradients()
-        assert len(before) > 20 and before.keys() == after.keys()
+        assert len(before) > 20
+        assert before.keys() == after.keys()
         assert all(torch.equal(after[name], gradient) for name, gradient in before.items())
         assert all(torch.equal(p, stored[n]) for n, p in model.named_parameters() if n in stored)
 
@@ -210,7 +213,8 @@ def test_autocast_and_compile() -> None:
     compiled(x).sum().backward()
     found, x.grad = x.grad, None
     adapter(x).sum().backward()
-    assert found is not None and x.grad is not None
+    assert found is not None
+    assert x.grad is not None
     assert torch.allclose(found, x.grad, atol=1e-5)
 
 
@@ -254,7 +258,8 @@ def test_a_bias_that_the_file_lacks_is_zero(tmp_path: Path) -> None:
     model = backbones.load_model(folder, quantize="nf4")
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     assert isinstance(layer, NF4Linear)
-    assert layer.bias is not None and not layer.bias.any()
+    assert layer.bias is not None
+    assert not layer.bias.any()
 
 
 def test_conv1d_is_stored_the_other_way_round_and_given_back() -> None:
@@ -277,9 +282,13 @@ def test_conv1d_is_stored_the_other_way_round_and_given_back() -> None:
 def test_memory_stays_far_below_the_dense_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny("llama", tmp_path, hidden_size=256, intermediate_size=1024, num_hidden_layers=12)
     seen: list[int] = []
+    calls: list[int] = []
     encode = nf4.encode
 
     def watched(weight: Tensor, double_quant: bool = True) -> Tensor:
+        calls.append(1)
+        if len(calls) % 21 != 1:  # looking through everything alive takes long
+            return encode(weight, double_quant)
         alive = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu"]
         seen.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}.values()))
         return encode(weight, double_quant)
@@ -290,7 +299,8 @@ def test_memory_stays_far_below_the_dense_model(tmp_path: Path, monkeypatch: pyt
     model = backbones.load_model(folder, dtype="bfloat16", quantize="nf4")
     rest = seen[0]  # of other tests, and the first weight
     whole = 2 * count(model)
-    assert len(seen) == 12 * 7
+    assert len(calls) == 12 * 7
+    assert len(seen) == 4
     assert max(seen) - rest < 0.4 * whole
     seen.clear()
     quantise(backbones.load_model(folder, dtype="bfloat16"))
@@ -317,12 +327,12 @@ def test_error_of_requantising() -> None:
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny("llama", tmp_path)
     with pytest.raises(ValueError, match="quantize is 'int3'; it must be 'nf4'"):
-        backbones.load_model(folder, quantize="int3")  # type: ignore[arg-type]
+        backbones.load_model(folder, quantize="int3")
     nf4.codec.cache_clear()
     for name in [name for name in sys.modules if name.startswith("bitsandbytes")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ValueError, match="needs bitsandbytes. Run: pip install bitsandbytes"):
+    with pytest.raises(ValueError, match=r"needs bitsandbytes\. Run: pip install bitsandbytes"):
         backbones.load_model(folder, quantize="nf4")
     monkeypatch.undo()
     config = (folder / "config.json").read_text()

@@ -193,7 +193,8 @@ class LoRA(PEFT):
         assert self.model is not None
         placed = (innermost(a) for _, a in named_adapters(self.model) if isinstance(a, LoRALinear))
         # PEFT sets this by itself on GPT-2, with a warning
-        return [*super().parts(), {**self.lora.to_peft(), "fan_in_fan_out": any(isinstance(m, Conv1D) for m in placed)}]
+        transposed = any(isinstance(m, Conv1D) or getattr(m, "transposed", False) for m in placed)
+        return [*super().parts(), {**self.lora.to_peft(), "fan_in_fan_out": transposed}]
 
 
 class RsLoRA(LoRA):

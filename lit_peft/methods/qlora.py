@@ -2,8 +2,8 @@
 
     y = W~ x + b + s B A dropout(x),    W~ = dequant(NF4(W))        (equations 5 and 6)
 
-Any method that leaves its linear layers frozen works over such a base: `--method dora --model.quantize nf4`. QLoRA is LoRA
-with that, and the paper's settings.
+Any method that leaves its linear layers frozen works over such a base: `--method bitfit --model.quantize nf4`. QLoRA is
+LoRA with that, and the paper's settings.
 """
 
 from __future__ import annotations

@@ -110,8 +110,8 @@ def decode(packed: Tensor, out: int, wide: int, double_quant: bool, dtype: torch
         largest = largest[-1] + ops.dequantize_blockwise.default(
             codes, scale, _map(packed.device), GROUP, torch.float32
         )
-    # On CPUs bitsandbytes decodes rows that end inside a block wrongly (0.50.2, no error), and compiles for those that end
-    # inside a byte: they are decoded as one row of even length.
+    # On CPUs bitsandbytes decodes rows that end inside a block wrongly (0.50.2, no error), and compiles for those that
+    # end inside a byte: they are decoded as one row of even length.
     even = [out, wide] if wide % BLOCK == 0 else [1, 2 * (levels.stop - levels.start)]
     weight: Tensor = ops.dequantize_4bit.default(packed[levels], largest, BLOCK, "nf4", even, dtype)
     return weight.flatten()[: out * wide].view(out, wide)
@@ -129,7 +129,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (packed,) = gradients, ctx.saved_tensors
-        for_x = gradient @ decode(packed, *ctx.sizes, gradient.dtype) if ctx.needs_input_grad[0] else None
+        out, wide, double = ctx.sizes
+        for_x = gradient @ decode(packed, out, wide, double, gradient.dtype) if ctx.needs_input_grad[0] else None
         for_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return for_x, None, for_bias, None, None, None
 
@@ -233,7 +234,7 @@ class NF4Linear(nn.Linear):
         return layer.train(self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> NF4Linear:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # bytes have no dtype to cast, so what `.to(dtype)` asks for is noted
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
         return self

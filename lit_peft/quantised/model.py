@@ -1,7 +1,7 @@
 """Whole models with NF4 weights: which layers, quantising one in memory, reading one straight into four bits, and back.
 
-`NF4` goes through the loading of transformers, so that every format, renaming and sharding it knows is read; each weight
-is quantised as it comes from the file, on a model that is still without memory (meta device).
+`NF4` goes through the loading of transformers, so that every format, renaming and sharding it knows is read; each
+weight is quantised as it comes from the file, on a model that is still without memory (meta device).
 """
 
 from __future__ import annotations

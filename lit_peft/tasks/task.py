@@ -36,8 +36,8 @@ class Task(AdaptableModule):
         double_quant: under `nf4`, store the scales of the blocks in eight bits too: 4.127 bits a weight, else 4.5.
         lr: learning rate of everything that is trained; None: each method's own.
         weight_decay: applied to matrices, never to vectors (biases, norms, gates).
-        optim: `adamw`; on CUDA also `adamw8bit`, `paged_adamw8bit` and `paged_adamw_32bit` (bitsandbytes); None lets the
-            method choose.
+        optim: `adamw`; on CUDA also `adamw8bit`, `paged_adamw8bit` and `paged_adamw_32bit` (bitsandbytes); None lets
+            the method choose.
         scheduler: learning rate over the run.
         warmup: share of the run with a rising learning rate.
         max_grad_norm: gradients are clipped to this norm, unless the Trainer's gradient_clip_val says otherwise.
