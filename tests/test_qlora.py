@@ -52,9 +52,7 @@ def test_trains_on_this_cpu_without_a_word_about_optimizers(tmp_path: Path, recw
     assert type(trainer.optimizers[0]) is torch.optim.AdamW
     assert not [w for w in recwarn if "adamw" in str(w.message).lower()]
     asked: Any = compose("qlora", "sft")(str(tmp_path / "base"), optim="paged_adamw_32bit")
-    with pytest.raises(
-        ValueError, match=r"optim 'paged_adamw_32bit' needs a CUDA device; this is cpu. Use optim=adamw"
-    ):
+    with pytest.raises(ValueError, match=r"optim 'paged_adamw_32bit' needs a CUDA device; this is cpu\."):
         quick_trainer(tmp_path, max_steps=2).fit(asked, loader("sft", 2))
 
 
@@ -141,7 +139,7 @@ def test_an_adapter_of_another_base_is_still_refused(tmp_path: Path) -> None:
     module = trained("qlora", "llama", tmp_path, **EXACT)
     module.save_adapter(tmp_path / "saved")
     other = save_tiny("llama", tmp_path / "other", seed=5)
-    with pytest.raises(ValueError, match="another base"):
+    with pytest.raises(ValueError, match="This adapter was made on"):
         load(tmp_path / "saved", backbone=str(other), quantize="nf4", device="cpu")
 
 
@@ -204,7 +202,7 @@ def test_callback_merges_after_training(tmp_path: Path) -> None:
     module: Any = compose("qlora", "sft")(str(save_tiny("llama", tmp_path / "base")), **EXACT)
     callback = AdapterMerge(tmp_path / "merged")
     quick_trainer(tmp_path, max_steps=2, callbacks=[callback]).fit(module, loader("sft", 2))
-    assert 0.04 < callback.report["requantised"]["max"] < 0.13
+    assert 0 < callback.report["requantised"]["mean"] < callback.report["requantised"]["max"] < 0.13
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.allclose(logits(model, IDS), logits(module.model.eval(), IDS), atol=1e-3)
 
