@@ -20,7 +20,7 @@ from lit_peft.saved import merge_summary
 from lit_peft.sites import linears
 from lit_peft.weights import dense
 from lit_peft.zoo import compose
-from tests.models import save_tiny
+from tests.models import VOCAB, save_tiny, tiny
 from tests.test_merging import logits, trained
 from tests.test_methods import batch, gradients, loader, quick_trainer
 
@@ -222,3 +222,44 @@ def test_thawing_four_bits_is_refused(tmp_path: Path) -> None:
     freeze = AdapterFreeze(thaw_epoch=1, thaw_modules="layers")
     with pytest.raises(TypeError, match="stored in four bits"):
         quick_trainer(tmp_path, max_epochs=2, callbacks=[freeze]).fit(module, loader("sft", 2))
+
+
+@pytest.mark.slow
+def test_200_steps_end_within_one_percent_of_lora(tmp_path: Path) -> None:
+    """A small model learns one random language; LoRA then teaches it another, on its weights as they are and in NF4."""
+
+    def language(seed: int) -> Tensor:
+        return torch.softmax(2 * torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed)), -1)
+
+    def sentences(table: Tensor, generator: torch.Generator) -> Tensor:
+        ids = torch.randint(8, VOCAB, (16, 1), generator=generator)
+        for _ in range(31):
+            ids = torch.cat([ids, torch.multinomial(table[ids[:, -1]], 1, generator=generator)], 1)
+        return ids
+
+    def learn(model: Any, table: Tensor, steps: int) -> list[float]:
+        generator, found = torch.Generator().manual_seed(3), []
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        for _ in range(steps):
+            ids = sentences(table, generator)
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(float(loss))
+        return found
+
+    first, second = language(1), 0.5 * language(1) + 0.5 * language(2)
+    model: Any = tiny("llama", hidden_size=64, intermediate_size=128, initializer_range=0.05)
+    learn(model, first, 400)
+    save_tiny("llama", tmp_path)
+    model.save_pretrained(tmp_path)
+    losses = {}
+    for method in ("lora", "qlora"):
+        torch.manual_seed(0)
+        module: Any = compose(method, "sft")(str(tmp_path), lora={"r": 8, "dropout": 0.0}, dtype="float32")
+        module.configure_model()
+        losses[method] = learn(module.model, second, 200)
+    start, end = sum(losses["lora"][:5]) / 5, sum(losses["lora"][-50:]) / 50
+    assert end < start - 0.2 < 4.85 - 0.2  # it had learned something (log 128 = 4.85), and learns again
+    assert sum(losses["qlora"][-50:]) / 50 == pytest.approx(end, rel=0.01)

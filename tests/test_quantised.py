@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
@@ -224,6 +226,35 @@ def test_fused_product_agrees() -> None:
         layer, x = NF4Linear(draw(*shape)), draw(2, 3, shape[1])
         bias = draw(shape[0], seed=4)
         assert torch.allclose(layer._fused(x, bias), layer(x) + bias, atol=1e-5)
+
+
+def test_fsdp2_shards_the_bytes() -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(LoRALinear(NF4Linear(draw(64, 64, seed=i)), LoRAConfig(r=2)) for i in range(2)))
+    nn.init.normal_(model[1].lora_b["default"])  # type: ignore[union-attr, index, arg-type]
+    plain, x = copy.deepcopy(model), draw(3, 64)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        first: Any = model[0]
+        assert isinstance(first.base.packed, DTensor)
+        assert torch.equal(first.base.dequantised(), plain[0].base.dequantised())  # type: ignore[operator, union-attr]
+        y = model(x)
+        y.float().sum().backward()
+        expected = plain(x.bfloat16())
+        expected.float().sum().backward()
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, expected)
+        for found, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+            if wanted.grad is not None:
+                assert found.grad is not None
+                assert torch.allclose(found.grad.full_tensor().float(), wanted.grad.float(), rtol=2e-2, atol=2e-2)  # type: ignore[attr-defined]
+        assert isinstance(first.base.packed, DTensor)
+        assert count(model) == count(plain)
+    finally:
+        dist.destroy_process_group()
 
 
 # Models --------------------------------------------------------------------------------------------------------------
