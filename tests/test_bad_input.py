@@ -108,7 +108,7 @@ def contents(room: Path) -> dict[str, bytes]:
         ("--model.max_grad_norm -1", "max_grad_norm is -1.0; it must be 0 or more."),
         (
             "--model.optim sgdd",
-            "model.optim is 'sgdd'; it must be one of adamw, adamw8bit, paged_adamw8bit, paged_adamw_32bit.",
+            "model.optim is 'sgdd'; it must be one of adamw, adamw8bit, paged_adamw8bit, paged_adamw_32bit or null.",
         ),
         ("--model.optim adamw8bit", "optim 'adamw8bit' needs a CUDA device; this is cpu. Use optim=adamw."),
         ("--model.dtype float8", "dtype 'float8' is not one of ['auto', 'float32',"),
