@@ -30,6 +30,7 @@ _HOME = {
     "OLoRA": "methods.olora",
     "EVA": "methods.eva",
     "LoRAPlus": "methods.loraplus",
+    "QLoRA": "methods.qlora",
     "BitFit": "methods.bitfit",
     "BitFitConfig": "methods.bitfit",
     "Freeze": "methods.freeze",

@@ -334,9 +334,12 @@ def merge(model: nn.Module, names: tuple[str, ...] | None = None) -> nn.Module:
         names: which sets to fold; default: those that act.
 
     Raises:
-        TypeError: if a method cannot be folded.
+        TypeError: if a method cannot be folded, or the base is quantised.
     """
     found = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, Adapter)]
+    reasons = [why for _, adapter in found if (why := getattr(type(innermost(adapter)), "unmergeable", ""))]
+    if reasons:  # here, not in the first layer that cannot: nothing may be half merged
+        raise TypeError(reasons[0])
     folded: dict[int, nn.Module] = {}
     for path, adapter in reversed(found):  # inner ones first; one at several paths (tied) is folded once
         if id(adapter) not in folded:

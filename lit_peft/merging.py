@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from lit_peft import __version__
 from lit_peft.adapter import Adapter, merge, named_adapters
+from lit_peft.quantised.model import dequantise, requantisation_error
 from lit_peft.rewriting import note, rewritten
+from lit_peft.weights import dense
 
 REPORT = "merge_report.json"
 PROBES = (
@@ -45,7 +47,8 @@ def write_merged(
 ) -> dict[str, Any]:
     """Fold a module's adapters into a copy of its model and write that as a folder for `from_pretrained`.
 
-    The module itself stays as it is. Under FSDP2 all processes call this together and the first one writes.
+    The module itself stays as it is. A base in four bits is dequantised in the copy, which takes its full memory. Under
+    FSDP2 all processes call this together and the first one writes.
 
     Args:
         module: a configured module with `model`, and `tokenizer` where it has one.
@@ -56,7 +59,9 @@ def write_merged(
 
     Returns:
         The report, as in `merge_report.json`: `differences` (largest |logit difference| of the merged copy to the
-        adapted model, per dtype), `reloaded` (of the folder to the merged copy), `largest_logit`, `dtype`, ...
+        adapted model, per dtype), `reloaded` (of the folder to the merged copy), `largest_logit`, `dtype`, ...; after a
+        4-bit base also `requantised`: the relative error (Frobenius; mean and max over the layers) that the merged
+        weights would have if they were stored in four bits again.
 
     Raises:
         FileExistsError: if the folder holds something that is no earlier merge.
@@ -74,6 +79,7 @@ def write_merged(
     if model is None:  # a process that only helped to gather
         return {}
     wanted = _dtype(dtype) if dtype else _base_dtype(model)
+    dequantised = dequantise(model, torch.float32)
     tokenizer = getattr(module, "tokenizer", None)
     probes = _probes(model, tokenizer, prompts)
     kinds = sorted({type(adapter).__name__ for _, adapter in named_adapters(model)})
@@ -86,6 +92,7 @@ def write_merged(
     with torch.no_grad():
         merge(model)
     differences["float32"] = _distance(_answers(model, probes), before)
+    requantised = [requantisation_error(dense(layer)) for layer in dequantised]
     scale = max(float(logits.abs().max()) for logits in before)
     if not differences["float32"] <= atol * max(1.0, scale):
         raise ValueError(
@@ -110,6 +117,8 @@ def write_merged(
         "base": getattr(module, "base_identity", dict)(),
         "lit_peft_version": __version__,
     }
+    if requantised:
+        report["requantised"] = {"mean": sum(requantised) / len(requantised), "max": max(requantised)}
     return _write(model, tokenizer, folder, probes, report)
 
 

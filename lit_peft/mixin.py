@@ -20,6 +20,7 @@ from lit_peft.callbacks.base import AdapterCallback
 from lit_peft.module import AdaptableModule
 from lit_peft.selection import keep_selection
 from lit_peft.sites import describe_coverage, layers
+from lit_peft.weights import count
 
 Config = TypeVar("Config")
 
@@ -112,8 +113,7 @@ class PEFT(AdaptableModule):
     def announce_coverage(self) -> None:
         """Say how much is trained, and which layers the adapters cover."""
         assert self.model is not None
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.model.parameters())
+        trained, total = count(self.model, trained=True), count(self.model)
         paths = [path for path, _ in named_adapters(self.model)]
         where = f": {describe_coverage(paths, self.model)}" if paths else ""
         rank_zero_info(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}){where}")

@@ -117,6 +117,14 @@ class AdaptableModule(LightningModule):
         """Return the dtype to load the backbone in when the user names none: `auto` keeps the stored one."""
         return "auto"
 
+    def preferred_quantization(self) -> str:
+        """Return how the backbone's weights are stored when the user does not say: `none`, or `nf4`."""
+        return "none"
+
+    def preferred_optim(self) -> str:
+        """Return the optimizer on a CUDA device when the user names none."""
+        return "adamw"
+
 
 def init_parameters(cls: type) -> dict[str, Parameter]:
     """Return the named `__init__` parameters of a class and of all its parents, nearest first."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer
@@ -43,6 +43,7 @@ def load(
     backbone: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | None = None,
+    quantize: Literal["nf4", "none"] | None = None,
     task: str | None = None,
     check_base: bool = True,
 ) -> Any:
@@ -54,6 +55,8 @@ def load(
         backbone: base model to use instead of the one that was noted, such as a local copy of it.
         device: where to put the model; default: the GPU if there is one.
         dtype: `float32`, `bfloat16`, `float16` or `auto`; default: as in training.
+        quantize: `nf4` for a base in four bits, `none` for one as it is stored, whatever the adapter was trained on;
+            default: as in training, which adapter folders do not say.
         task: name as for `--task`, for adapters that do not say.
         check_base: refuse a base model other than the adapter's.
 
@@ -71,7 +74,7 @@ def load(
         >>> # assistant.reply([{"role": "user", "content": "What is LoRA?"}])
     """
     kind, found = locate(path)
-    options: dict[str, Any] = {"dtype": dtype} if dtype else {}
+    options: dict[str, Any] = {key: value for key, value in (("dtype", dtype), ("quantize", quantize)) if value}
     if kind == "model" and backbone is not None:
         raise ValueError(f"{found} is a whole model, so there is no base to choose. Leave backbone out.")
     with _silence():

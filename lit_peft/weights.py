@@ -1,7 +1,8 @@
 """The weight of a linear layer as a matrix (out, in), whatever layer holds it; and folding a change into it.
 
 `nn.Linear` stores W as (out, in), GPT-2's `Conv1D` as (in, out); a quantised layer stores neither, and says so by a
-method `dequantised()` that returns W. Methods that need W itself (DoRA, PiSSA, merging) come here.
+method `dequantised()` that returns W, and by an attribute `unmergeable`: why nothing is folded into it. Methods that
+need W itself (DoRA, PiSSA, merging) come here.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ def fold(layer: nn.Module, delta: Tensor) -> None:
     Raises:
         TypeError: if the layer is quantised, or of another kind.
     """
+    reason = getattr(type(layer), "unmergeable", "")
+    if reason:
+        raise TypeError(reason)
     weight = layer.get_parameter("weight")
     if not isinstance(layer, FOLDS) or not weight.is_floating_point():
         kind = type(layer).__name__
@@ -65,3 +69,19 @@ def fold(layer: nn.Module, delta: Tensor) -> None:
     with torch.no_grad():
         new = (weight.float() + change.to(weight.device).float()).to(weight.dtype)
     layer.weight = nn.Parameter(new, requires_grad=weight.requires_grad)
+
+
+def count(model: nn.Module, trained: bool = False) -> int:
+    """Return how many numbers a model's parameters stand for: a quantised weight counts as the matrix that it holds.
+
+    Args:
+        model: any module.
+        trained: only those with `requires_grad`.
+    """
+    found = {id(p): p.numel() for p in model.parameters() if p.requires_grad or not trained}
+    for layer in model.modules():
+        if hasattr(type(layer), "dequantised"):
+            for parameter in layer.parameters(recurse=False):
+                if id(parameter) in found and not parameter.is_floating_point():
+                    found[id(parameter)] = layer.in_features * layer.out_features  # type: ignore[operator, assignment]
+    return sum(found.values())

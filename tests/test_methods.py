@@ -19,7 +19,7 @@ from lit_peft.adapter import innermost, named_adapters
 from lit_peft.mixin import PEFT
 from lit_peft.named import disabled
 from lit_peft.sites import linears, stacks, widths
-from lit_peft.zoo import compose
+from lit_peft.zoo import compose, task_class
 from tests.models import IM_END, VOCAB, save_tiny
 
 Count = Callable[[nn.Module], int]  # closed formula over the *base* model
@@ -53,13 +53,17 @@ def last_layer(model: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """What a method promises. `merges`: folds into the base; `reversible`: `disabled` gives the base back."""
+    """What a method promises. `merges`: folds into the base; `reversible`: `disabled` gives the base back.
+
+    `base`: arguments of the task that make the model it starts as, where that is not the stored one.
+    """
 
     method: str
     count: Count
     settings: dict[str, Any] = field(default_factory=dict)
     merges: bool = True
     reversible: bool = True
+    base: dict[str, Any] = field(default_factory=dict)
 
 
 CASES = [
@@ -82,12 +86,26 @@ CASES = [
     Case("olora", lora_count(3), {"lora": {"r": 3}}),
     Case("eva", lora_count(4), {"lora": {"r": 4}}),
     Case("loraplus", lora_count(4), {"lora": {"r": 4}}),
+    Case(
+        "qlora",
+        lora_count(4),
+        {"lora": {"r": 4, "dropout": 0.0}, "dtype": "float32"},
+        merges=False,
+        base={"quantize": "nf4"},
+    ),
     Case("bitfit", biases),
+    Case("bitfit", biases, {"quantize": "nf4"}, merges=False, base={"quantize": "nf4"}),
     Case("freeze", last_layer, {"freeze": {"last_layers": 1}}),
     Case("full", lambda m: sum(p.numel() for p in m.parameters()), reversible=False),
     Case("full", lambda m: sum(p.numel() for p in m.parameters()), {"keep_base": True}),
     Case("lora+bitfit", lambda m: lora_count(4)(m) + biases(m), {"lora": {"r": 4}}),
 ]
+
+
+def label(case: Case) -> str:
+    return "-kept" if "keep_base" in case.settings else "-nf4" if "quantize" in case.settings else ""
+
+
 HEADS = ("score.", "classifier.", "classification_head.")
 PAIRS = [
     ("llama", "sft"),
@@ -99,7 +117,7 @@ PAIRS = [
     ("t5", "classification"),
 ]
 GRID = [
-    pytest.param(case, kind, task, id=f"{case.method}{'-kept' if 'keep_base' in case.settings else ''}-{kind}-{task}")
+    pytest.param(case, kind, task, id=f"{case.method}{label(case)}-{kind}-{task}")
     for case in CASES
     for kind, task in PAIRS
 ]
@@ -193,9 +211,11 @@ def same(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
 def test_starts_as_the_base_and_steps_aside(case: Case, kind: str, task: str, folders: Any) -> None:
     folder = folders(kind, task)
     rows = batch(task)
-    base = compose("full", task)(str(folder), **({"labels": ["a", "b", "c"]} if task == "classification" else {}))
+    kind_of_base = task_class(task) if case.base else compose("full", task)
+    labels = {"labels": ["a", "b", "c"]} if task == "classification" else {}
+    base: Any = kind_of_base(str(folder), **labels, **case.base)
     base.configure_model()
-    expected = outputs(base, rows)  # type: ignore[arg-type]
+    expected = outputs(base, rows)
     module = build(case, folder, task)
     assert same(outputs(module, rows), expected, 1e-6)
     head = {n: p.detach().clone() for n, p in module.model.named_parameters() if n.startswith(HEADS)}  # type: ignore[union-attr]

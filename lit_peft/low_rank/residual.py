@@ -148,7 +148,7 @@ class ResidualLinear(LoRALinear):
         dtype = y.dtype
         parts = (part[name].to(dtype) for part in (self.lora_a, self.lora_b, self.lora_a0, self.lora_b0))
         flat = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(dtype)
-        out: Tensor = _Residual.apply(*flat, *parts, config.scale)
+        out: Tensor = _Residual.apply(*flat, *parts, config.scale)  # type: ignore[no-untyped-call]
         return out.view(y.shape)
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:

@@ -181,7 +181,8 @@ class LoRA(PEFT):
         assert self.model is not None
         placed = (innermost(a) for _, a in named_adapters(self.model) if isinstance(a, LoRALinear))
         # PEFT sets this by itself on GPT-2, with a warning
-        part = {**self.lora.to_peft(), "fan_in_fan_out": any(isinstance(m, Conv1D) for m in placed)}
+        transposed = any(isinstance(m, Conv1D) or getattr(m, "transposed", False) for m in placed)
+        part = {**self.lora.to_peft(), "fan_in_fan_out": transposed}
         if self.lora.enable_lora is not None:  # PEFT reads one pair of a higher rank; these say what it is made of
             words = ("enable_lora", "r", "alpha", "rank_pattern", "alpha_pattern")
             part[OWN] = {word: getattr(self.lora, word) for word in words}

@@ -34,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "olora": {"lora": {"r": 4}},
     "eva": {"lora": {"r": 4}},
     "loraplus": {"lora": {"r": 4}},
+    "qlora": {"lora": {"r": 4, "dropout": 0.0}, "dtype": "float32"},
     "bitfit": {},
     "freeze": {"freeze": {"last_layers": 1}},
     "full": {},
