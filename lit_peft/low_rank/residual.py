@@ -72,16 +72,17 @@ def principal(weight: Tensor, r: int, start: str) -> tuple[Tensor, Tensor]:
 
 
 class _Residual(torch.autograd.Function):
-    """y + s ((B - B0) (A x) + B0 ((A - A0) x)), keeping for the backward pass what plain LoRA keeps: x and A x.
+    """y + s [B - B0 | B0] [A ; A - A0] x, keeping for the backward pass what plain LoRA keeps: x and A x.
 
     Written with plain operations, autograd would keep a copy of every sum and difference of parameters, in each layer.
     """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scale: float) -> Tensor:
-        h = x @ a.t()
-        out = torch.addmm(y, h, (b - b0).t(), alpha=scale)
-        out.addmm_(x @ (a - a0).t(), b0.t(), alpha=scale)
+        # in one product of rank 2r, as the saved folder is computed: loaded again, it is equal to the last bit
+        inner = x @ torch.cat([a, a - a0]).t()
+        out = torch.addmm(y, inner, torch.cat([b - b0, b0], dim=1).t(), alpha=scale)
+        h = inner[:, : a.shape[0]].contiguous()
         ctx.save_for_backward(x, h, a, b, a0, b0)
         ctx.scale = scale
         return out
