@@ -6,9 +6,11 @@ of them act is chosen by the *call* (see `named`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -57,8 +59,9 @@ class Adapter(nn.Module):
         """Make the parameters of another named set; subclasses extend this.
 
         Raises:
-            ValueError: if the name is taken.
+            ValueError: if the name is taken, or cannot be one.
         """
+        check_name(name)
         if name in self.configs:
             raise _taken(name)
         self.configs[name] = config
@@ -66,12 +69,37 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the base on x (batch, ..., in) and let every set that acts change its output (batch, ..., out)."""
         y = self.base(x, *args, **kwargs)
-        for name, rows in self.shares(x):
-            if rows is None:
+        choice = acting(self.scope)
+        if isinstance(choice, Rows):
+            return self._routed(choice, x, y)
+        for name in choice:
+            if name in self.configs:
                 y = self.change(name, x, y)
-            else:
-                y = y.index_copy(0, rows, self.change(name, x[rows], y[rows]).to(y.dtype))
         return y
+
+    def _routed(self, choice: Rows, x: Tensor, y: Tensor) -> Tensor:
+        """Let every set change its own rows of y: sorted by set first, so that each works on one slice.
+
+        That is two copies of y however many sets there are, and none where the rows come sorted.
+        """
+        if not any(name in self.configs for name in choice.names) and not _together(self):
+            return y
+        groups, order = choice.grouped(x, y)
+        if order is not None:
+            x, y = x.index_select(0, order), y.index_select(0, order)
+        pieces, start = [], 0
+        for names, number in groups:
+            taken, piece = x.narrow(0, start, number), y.narrow(0, start, number)
+            for name in names:
+                if name in self.configs:
+                    piece = self.change(name, taken, piece).to(y.dtype)
+            pieces.append(piece)
+            start += number
+        if _together(self):
+            absent = [name for name in self.configs if name not in choice.names]
+            pieces += [self.change(name, x[:0], y[:0]).to(y.dtype) for name in absent]
+        y = torch.cat(pieces)
+        return y if order is None else y.index_select(0, order.argsort())
 
     def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return what one named set makes of the base's output y for the input x, without changing either.
@@ -97,9 +125,7 @@ class Adapter(nn.Module):
         choice = acting(self.scope)
         if not isinstance(choice, Rows):
             return [(name, None) for name in choice if name in self.configs]
-        # With several processes every set takes part, if need be with no row: DDP waits for a gradient from each.
-        together = self.training and dist.is_available() and dist.is_initialized()
-        names = self.configs if together else [name for name in choice.names if name in self.configs]
+        names = self.configs if _together(self) else [name for name in choice.names if name in self.configs]
         return [(name, choice.of(name, x)) for name in names]
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -109,9 +135,11 @@ class Adapter(nn.Module):
                 yield key, parameter
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the own parameters that training changes: all but the `frozen` ones."""
+        """Yield the own parameters that training changes: all but the `frozen` ones and those of sets at rest."""
+        trained = self.scope.trained
         for key, parameter in self.own_parameters():
-            if not key.startswith(self.frozen):
+            names = [piece for piece in key.split(".")[1:] if piece in self.configs]  # weights shared by all sets: none
+            if not key.startswith(self.frozen) and (trained is None or not names or names[-1] in trained):
                 yield key, parameter
 
     def remove(self, name: str) -> None:
@@ -149,6 +177,24 @@ class Adapter(nn.Module):
                 shapes = f"{tuple(tensors[key].shape)} in the file, {tuple(target.shape)} in this model"
                 raise ValueError(f"Shapes differ for {key!r}: {shapes}. Is it an adapter of another base model?")
             target.copy_(tensors[key])
+
+    def combined(
+        self, names: Sequence[str], weights: Sequence[float], how: str, **options: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Return configuration and tensors (named as in `tensors`) of a weighted combination of some sets.
+
+        Args:
+            names: the sets, all of them in this adapter.
+            weights: one for each.
+            how: the rule, as for `combine_adapters`.
+            **options: `rank`, `density`, `generator`.
+
+        Raises:
+            TypeError: if the method has no such rule.
+        """
+        kind = type(self).__name__
+        together = ", ".join(map(repr, names))
+        raise TypeError(f"{how} is not defined for {kind}. Let its sets act together: adapters(model, {together}).")
 
     def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
         """Fold the named sets (default: the active ones) into the base and return it.
@@ -255,6 +301,7 @@ def join(
     Raises:
         ValueError: if the name is taken at one of them, or a path does not exist. Nothing is changed then.
     """
+    check_name(name)
     standing: dict[str, Adapter] = {}
     for path in where:
         module = model.get_submodule(path)
@@ -269,8 +316,22 @@ def join(
     if fresh:
         place(model, fresh, lambda base, config: kind(innermost(base))(base, config, name))
     for path, adapter in standing.items():
-        adapter.add(name, where[path])
+        if name not in adapter.configs:  # one that sits at two paths (a tied embedding) is given its set once
+            adapter.add(name, where[path])
     return list(where)
+
+
+def check_name(name: str) -> None:
+    """Raise a ValueError unless a set of weights can have this name."""
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ParameterDict, name):
+        raise ValueError(
+            f"{name!r} cannot be the name of an adapter. Use letters, digits, _ and -, and no method of a dict."
+        )
+
+
+def _together(adapter: Adapter) -> bool:
+    # With several processes every set takes part, if need be with no row: DDP waits for a gradient from each.
+    return adapter.training and dist.is_available() and dist.is_initialized()
 
 
 def _taken(name: str) -> ValueError:

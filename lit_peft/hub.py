@@ -31,6 +31,8 @@ from lit_peft.targets import KEYS, shortest_targets
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 META = "lit_peft.json"
+VERSION = "lit_peft_format"  # in the configuration of methods of our own
+FORMAT = 1
 PREFIX = "base_model.model."
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -80,7 +82,7 @@ def write(
     stacked = len(parts) > 1
     # One folder carries the weights that were trained in place: in a stack, that of the method that trains in place
     # (it places no adapters), else (a task's head) one that HF PEFT reads.
-    in_place = [kind for kind in kinds if not _owned(model, kind)]
+    in_place = [kind for kind in kinds if not owned(model, kind, name)]
     carrier = [*in_place, *(kind for kind in kinds if not kind.startswith("LIT_")), *kinds][0]
     files: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
     for kind, part in zip(kinds, parts, strict=True):
@@ -91,6 +93,8 @@ def write(
             "revision": base.get("revision"),
             "inference_mode": True,
         }
+        if kind.startswith("LIT_"):
+            config[VERSION] = FORMAT
         files[_short(kind) if stacked else ""] = config, tensors
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         return folder
@@ -158,7 +162,7 @@ def _part(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     paths = []
-    for path, adapter in _owned(model, part["peft_type"]):
+    for path, adapter in owned(model, part["peft_type"], name):
         paths.append(bare(path))
         for leaf, tensor in adapter.tensors(name).items():
             tensors[f"{PREFIX}{bare(path)}.{leaf}"] = _full(tensor)
@@ -192,8 +196,10 @@ def bare(path: str) -> str:
     return ".".join(piece for piece in path.split(".") if piece != "base")
 
 
-def _owned(model: nn.Module, peft_type: str) -> list[tuple[str, Adapter]]:
-    return [(path, a) for path, a in named_adapters(model) if getattr(type(a), "peft_type", None) == peft_type]
+def owned(model: nn.Module, peft_type: str, name: str) -> list[tuple[str, Adapter]]:
+    """Return the adapters of one kind that hold a named set, with their paths."""
+    found = [(path, a) for path, a in named_adapters(model) if getattr(type(a), "peft_type", None) == peft_type]
+    return [(path, adapter) for path, adapter in found if name in adapter.configs]
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -211,6 +217,11 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
         config = _read_json(part / CONFIG)
         if not config.get("peft_type"):
             raise ValueError(f"{part / CONFIG} has no peft_type, so the method is not known. Add it to the file.")
+        version = config.pop(VERSION, 1)
+        if version != FORMAT:
+            raise ValueError(
+                f"{part} has format {version!r}, and this lit_peft reads {FORMAT}. Update it: pip install -U."
+            )
         configs.append({**config, KEYS: [_plain(key, part) for key in shapes(part / WEIGHTS)]})
     return configs
 
@@ -265,6 +276,7 @@ def read(
     base: Mapping[str, Any],
     name: str = "default",
     kinds: Iterable[str] = (),
+    copy: bool = True,
 ) -> None:
     """Copy a saved adapter's weights into a model that has its adapters placed; all of them, or none.
 
@@ -275,12 +287,14 @@ def read(
         base: `name` and `sha` of this model's base, to compare with the folder's; empty: not compared.
         name: which named set to fill.
         kinds: the `peft_type` of every method on this model, for those that place no adapters.
+        copy: fill the declared weights too; otherwise, as all named sets share them, they must be the same already.
 
     Raises:
         ValueError: if the base, the methods, the layers, the keys or the shapes do not fit.
     """
     check_base(folder, base)
-    here = {*kinds, *(getattr(type(adapter), "peft_type", "") for _, adapter in named_adapters(model))}
+    mine_here = [adapter for _, adapter in named_adapters(model) if name in adapter.configs]
+    here = {*kinds, *(getattr(type(adapter), "peft_type", "") for adapter in mine_here)}
     configs = read_configs(folder)
     found = {config["peft_type"] for config in configs}
     if found != here:
@@ -294,7 +308,7 @@ def read(
     for part, config in zip(part_folders(folder), configs, strict=True):
         file = part / WEIGHTS
         left = {_plain(key, part): tensor for key, tensor in load_tensors(file).items()}
-        for path, adapter in _owned(model, config["peft_type"]):
+        for path, adapter in owned(model, config["peft_type"], name):
             mine = {}
             for leaf, target in adapter.tensors(name).items():
                 key = f"{bare(path)}.{leaf}"
@@ -307,12 +321,16 @@ def read(
         for path in [path for path in unfilled if bare(path) in left]:
             target = unfilled.pop(path)
             in_place.append((target, _fit(file, path, target, left.pop(bare(path)))))
+            if not copy and not torch.equal(target.cpu(), in_place[-1][1].to(target.dtype)):
+                raise ValueError(
+                    f"{file} has another {path!r}, which all adapters share. Load it into a model of its own."
+                )
         if left:
             raise ValueError(
                 f"{file} holds {len(left)} tensors with no place in this model, such as {sorted(left)[0]!r}. "
                 "Is it an adapter of another base model, or with other targets?"
             )
-    if unfilled:
+    if unfilled and copy:
         raise ValueError(f"{folder} lacks the weight {sorted(unfilled)[0]!r}, which is trained on this model.")
     with torch.no_grad():
         for adapter, mine in fitting:

@@ -173,7 +173,8 @@ class LoRA(PEFT):
         super().place_adapters()
         assert self.model is not None
         paths = match(self.model, self.lora.target_modules, exclude_modules=self.lora.exclude_modules)
-        join(self.model, {path: self.lora.at(path) for path in paths}, lambda base: layer_class(self.lora, base))
+        where = {path: self.lora.at(path) for path in paths}
+        join(self.model, where, lambda base: layer_class(self.lora, base), self.placing)
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take rank, scale and targets from an adapter folder.
@@ -187,6 +188,19 @@ class LoRA(PEFT):
             plain = LoRAConfig.from_peft(config)  # refuses what is no plain LoRA before its layers are looked at
             targets = stored_targets(config, "lora_A.weight", (path for path, _ in self.model.named_modules()))
             self.lora = self.configured(LoRAConfig, "lora", plain, target_modules=targets, exclude_modules=None)
+
+    def gathered(self, layers: Mapping[str, Any]) -> LoRAConfig:
+        """Return the configuration of a combined adapter: each layer by its path, with its own rank."""
+        first = next(iter(layers.values()))
+        others = {re.escape(path): config for path, config in layers.items() if config != first}
+        return replace(
+            first,
+            target_modules=sorted(layers),
+            exclude_modules=None,
+            layers_to_transform=None,
+            rank_pattern={path: config.r for path, config in others.items()},
+            alpha_pattern={path: config.alpha for path, config in others.items()},
+        )
 
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`."""

@@ -27,6 +27,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"r": 4}},
     "rslora": {"lora": {"r": 4}},
     "bitfit": {},
+    "ia3": {},
     "freeze": {"freeze": {"last_layers": 1}},
     "full": {},
     "lora+bitfit": {"lora": {"r": 4}},
