@@ -187,7 +187,7 @@ class Adapter(nn.Module):
             names: the sets, all of them in this adapter.
             weights: one for each.
             how: the rule, as for `combine_adapters`.
-            **options: `rank`, `density`, `generator`.
+            **options: `rank`, `density`, `generator`, and `absent`, the weight of sets that are not in this adapter.
 
         Raises:
             TypeError: if the method has no such rule.

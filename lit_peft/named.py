@@ -121,7 +121,7 @@ def combine_adapters(
         here = [(other, weight) for other, weight in zip(names, weights, strict=True) if other in adapter.configs]
         if here:
             present, factors = zip(*here, strict=True)
-            options = {"rank": rank, "density": density, "generator": generator}
+            options = {"rank": rank, "density": density, "generator": generator, "absent": sum(weights) - sum(factors)}
             config, tensors = adapter.combined(present, factors, how, **options)
             made.append((adapter, config, tensors))
     with torch.no_grad():  # everything could be computed: only now is the model changed

@@ -85,6 +85,7 @@ class LoRALinear(Adapter):
             return super().combined(names, weights, how, **options)
         with torch.no_grad():
             pairs = [(self.lora_a[n], self.lora_b[n], c.scale) for n, c in zip(names, configs, strict=True)]
+            options.pop("absent")  # a set without this layer changes nothing there
             a, b = low_rank(pairs, weights, how, **options)
         r = a.shape[0]
         alpha = math.sqrt(r) if configs[0].use_rslora else float(r)

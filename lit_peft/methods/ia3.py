@@ -202,8 +202,6 @@ class IA3Linear(Adapter):
                     continue
                 factors = self.factors(name)
                 inner = self.configs[name].feedforward
-                if not isinstance(self.base, (nn.Linear, Conv1D)) or not self.base.weight.is_floating_point():
-                    fold(self.base, factors)  # says what cannot be merged into, before a weight is read
                 weight = dense(self.base).float()
                 fold(self.base, weight * ((factors if inner else factors[:, None]) - 1))
                 bias = self.base._parameters.get("bias")
@@ -240,14 +238,17 @@ class IA3Linear(Adapter):
     def combined(
         self, names: Sequence[str], weights: Sequence[float], how: str, **options: Any
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Return sum_i w_i l_i (`linear`), or the same by TIES or DARE on the changes l_i - 1.
+        """Return sum_i w_i l_i (`linear`), or what TIES or DARE make of the changes l_i - 1.
+
+        A set that does not scale this layer counts as ones.
 
         Raises:
             ValueError: for a rule that is for low ranks only.
         """
         ones = torch.ones_like(self.factors(names[0]))
         if how == "linear":
-            factors = sum((w * self.factors(name).detach() for name, w in zip(names, weights, strict=True)), 0 * ones)
+            parts = [w * self.factors(name).detach() for name, w in zip(names, weights, strict=True)]
+            factors = sum(parts, options["absent"] * ones)
         else:
             changes = [self.factors(name).detach() - ones for name in names]
             factors = ones + weighted(changes, weights, how, density=options["density"], generator=options["generator"])
