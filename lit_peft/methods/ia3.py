@@ -116,7 +116,10 @@ class IA3Config:
                 raise ValueError(f"This adapter uses {key}={value!r}, which (IA)3 here does not have. Save it without.")
         if not config.get("target_modules"):
             raise ValueError("adapter_config.json names no target_modules. Add the list of adapted layers to the file.")
-        return cls(target_modules=config["target_modules"], feedforward_modules=config.get("feedforward_modules"))
+        inner = config.get("feedforward_modules")
+        stored = [key.removesuffix(".ia3_l") for key in config.get(KEYS, ())]
+        used = any(_feeds(path, inner) for path in stored)  # PEFT does not mind one that names nothing
+        return cls(target_modules=config["target_modules"], feedforward_modules=inner if used else None)
 
 
 def _bare(path: str) -> str:
