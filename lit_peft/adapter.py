@@ -311,6 +311,8 @@ def join(
                 standing[path] = module
                 if name in module.configs:
                     raise _taken(name)
+            if name in module.configs:
+                break  # placed before, for the same set: what comes later goes around it, as in every other stack
             module = module.base
     fresh = {path: config for path, config in where.items() if path not in standing}
     if fresh:

@@ -90,12 +90,14 @@ class BitFitBias(Adapter):
             # one kernel with the bias inside, as in a model that has it
             change = sum(self.bitfit_bias[name] for name, _ in shares)
             bias = change if self.base.bias is None else self.base.bias + change
-            return F.linear(x, self.base.weight, bias.to(self.base.weight.dtype))
+            y: Tensor = F.linear(x, self.base.weight, bias.to(self.base.weight.dtype))
+            return y
         return super().forward(x, *args, **kwargs)
 
     def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + d: (..., out) -> (..., out)."""
-        return y + self.bitfit_bias[name].to(y.dtype)
+        change: Tensor = self.bitfit_bias[name]
+        return y + change.to(y.dtype)
 
     def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
         """Add d to the base's bias, creating it where there was none."""

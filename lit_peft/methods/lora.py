@@ -191,7 +191,7 @@ class LoRA(PEFT):
 
     def gathered(self, layers: Mapping[str, Any]) -> LoRAConfig:
         """Return the configuration of a combined adapter: each layer by its path, with its own rank."""
-        first = next(iter(layers.values()))
+        first: LoRAConfig = next(iter(layers.values()))
         others = {re.escape(path): config for path, config in layers.items() if config != first}
         return replace(
             first,
