@@ -143,7 +143,7 @@ def _wanted(rank: int | None, pairs: Sequence[tuple[Tensor, Tensor, float]]) -> 
 
 def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the best approximation of B A of a rank, from two thin decompositions: B A itself is never formed."""
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.t())
+    q_b, r_b = torch.linalg.qr(b.to("cpu", torch.float64))  # not every device has float64
+    q_a, r_a = torch.linalg.qr(a.t().to("cpu", torch.float64))
     u, s, v = torch.linalg.svd(r_b @ r_a.t(), full_matrices=False)
-    return v[:rank] @ q_a.t(), (q_b @ u[:, :rank]) * s[:rank]
+    return (v[:rank] @ q_a.t()).to(a.device, a.dtype), ((q_b @ u[:, :rank]) * s[:rank]).to(b.device, b.dtype)

@@ -198,8 +198,8 @@ def bare(path: str) -> str:
 
 def owned(model: nn.Module, peft_type: str, name: str) -> list[tuple[str, Adapter]]:
     """Return the adapters of one kind that hold a named set, with their paths."""
-    found = [(path, a) for path, a in named_adapters(model) if getattr(type(a), "peft_type", None) == peft_type]
-    return [(path, adapter) for path, adapter in found if name in adapter.configs]
+    kind = [(path, a) for path, a in named_adapters(model) if getattr(type(a), "peft_type", None) == peft_type]
+    return [(path, adapter) for path, adapter in kind if name in adapter.configs]
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -287,14 +287,13 @@ def read(
         base: `name` and `sha` of this model's base, to compare with the folder's; empty: not compared.
         name: which named set to fill.
         kinds: the `peft_type` of every method on this model, for those that place no adapters.
-        copy: fill the declared weights too; otherwise, as all named sets share them, they must be the same already.
+        copy: fill the declared weights too; otherwise they must be the same already (all named sets share them).
 
     Raises:
         ValueError: if the base, the methods, the layers, the keys or the shapes do not fit.
     """
     check_base(folder, base)
-    mine_here = [adapter for _, adapter in named_adapters(model) if name in adapter.configs]
-    here = {*kinds, *(getattr(type(adapter), "peft_type", "") for adapter in mine_here)}
+    here = {*kinds, *(getattr(type(a), "peft_type", "") for _, a in named_adapters(model) if name in a.configs)}
     configs = read_configs(folder)
     found = {config["peft_type"] for config in configs}
     if found != here:
