@@ -113,20 +113,23 @@ class AdapterSets(AdaptableModule):
                 f"{len(thawed)} thawed weights of the base were trained too, such as {thawed[0]!r}, and an adapter "
                 "folder has no place for them. Keep the checkpoint, or merge."
             )
-        parts = [part for placer in self._sets.get(name, [self]) for part in placer.parts()]
-        if name != FIRST:
-            parts = [part for part in parts if hub.owned(self.model, part["peft_type"], name)]
         labels = getattr(self, "labels", None)
         return hub.write(
             folder,
             self.model,
-            parts,
+            self.parts_of(name),
             declared=declared,
             base=self.base_identity(),
             task_type=getattr(self, "peft_task_type", None),
             name=name,
             notes={"labels": list(labels)} if labels else None,
         )
+
+    def parts_of(self, name: str) -> list[dict[str, Any]]:
+        """Return the `adapter_config.json` contents of each method of one named set, outermost last."""
+        assert self.model is not None, "call configure_model() first"
+        parts = [part for placer in self._sets.get(name, [self]) for part in placer.parts()]
+        return [part for part in parts if name == FIRST or hub.owned(self.model, part["peft_type"], name)]
 
     def load_adapter(self, folder: str | Path, name: str = FIRST) -> None:
         """Copy a saved adapter's weights into one named set; a name that is new is added first.
