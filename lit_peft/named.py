@@ -38,6 +38,8 @@ def add_adapter(model: nn.Module, name: str, config: Any = None) -> None:
     _check_free(model, name)
     for adapter in found:
         adapter.add(name, config if config is not None else next(iter(adapter.configs.values())))
+    if any(scope.trained is not None for scope in scopes_of(model)):
+        _freeze(model)
 
 
 def _check_free(model: nn.Module, name: str) -> None:
@@ -61,6 +63,10 @@ def train_adapters(model: nn.Module, *names: str) -> None:
     _check_known(model, names)
     for scope in scopes_of(model):
         scope.trained = names
+    _freeze(model)
+
+
+def _freeze(model: nn.Module) -> None:
     for _, adapter in named_adapters(model):
         trained = {id(parameter) for _, parameter in adapter.trained_parameters()}
         for _, parameter in adapter.own_parameters():
@@ -128,6 +134,8 @@ def combine_adapters(
         for adapter, config, tensors in made:
             adapter.add(name, config)
             adapter.load_tensors(tensors, name)
+    if any(scope.trained is not None for scope in scopes_of(model)):
+        _freeze(model)
 
 
 def adapters(model: nn.Module, *names: str) -> AbstractContextManager[None]:

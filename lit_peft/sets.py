@@ -243,7 +243,7 @@ class AdapterSets(AdaptableModule):
             named.delete_adapter(self.model, name)
             raise
         self._sets[name] = made
-        self._note(name, self._resolved(made, train=True))
+        self._note(name, self._resolved(made, train=scope_of(self.model).trained is None))
 
     def kind(self) -> str:
         """Return the `peft_type` of a single method."""

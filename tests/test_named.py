@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
@@ -481,6 +483,42 @@ def test_what_was_added_later_is_in_the_checkpoint_too(base: Path, tmp_path: Pat
         assert torch.equal(out(again, *names), out(module.eval(), *names)), names
     with torch.no_grad():
         assert torch.equal(again.model(**inputs("llama")).logits, out(again, "both", "scaled"))
+
+
+def test_the_page_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = built(base)
+    source.configure_model()
+    source.save_adapter("adapter")
+    page = (Path(__file__).parents[1] / "docs" / "named_adapters.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 3
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block.replace("Qwen/Qwen3-0.6B", str(base)), names)
+    assert adapter_names(names["module"].model) == ["both", "default", "reward", "sft"]
+
+
+def test_the_command_line_takes_named_adapters(base: Path) -> None:
+    given = ["--model.named", '{"two": {"lora": {"r": 3}, "train": false}}', "--model.active", "[two, default]"]
+    fit = [
+        "fit",
+        "--method",
+        "lora",
+        "--task",
+        "sft",
+        "--model.backbone",
+        str(base),
+        "--data.path",
+        "x",
+        "--print_config",
+    ]
+    command = [sys.executable, "-m", "lit_peft", *fit, *given]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]).stdout
+    settings = yaml.safe_load(shown)["model"]
+    settings = settings.get("init_args", settings)
+    assert settings["named"] == {"two": {"lora": {"r": 3}, "train": False}}
+    assert settings["active"] == ["two", "default"]
 
 
 def test_merging_chosen_names() -> None:
