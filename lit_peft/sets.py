@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_peft import hub, named
-from lit_peft.adapter import adapter_names, check_name, named_adapters, scope_of
+from lit_peft.adapter import Adapter, adapter_names, check_name, named_adapters, scope_of
 from lit_peft.catalogue import FACTS
 from lit_peft.module import AdaptableModule
 
@@ -277,6 +277,7 @@ class AdapterSets(AdaptableModule):
             for placer in placers:
                 for config in configs:
                     placer.adopt(config)
+        before = {id(adapter) for _, adapter in named_adapters(model)}
         try:
             for placer in placers:
                 placer.place_adapters()
@@ -285,8 +286,7 @@ class AdapterSets(AdaptableModule):
                 base = self.base_identity() if self.check_base else {}
                 hub.read(folder, model, declared=self.declared(), base=base, name=name, copy=False)
         except BaseException:
-            if name in adapter_names(model):
-                named.delete_adapter(model, name)
+            self._withdraw(name, before)
             raise
         trained = scope_of(model).trained
         if not train or trained is not None:
@@ -306,6 +306,16 @@ class AdapterSets(AdaptableModule):
             placer.placing, placer.check_base, placer.model = name, self.check_base, self.model
             made.append(placer)
         return made
+
+    def _withdraw(self, name: str, before: set[int]) -> None:
+        """Leave the model as it was when these adapters were all."""
+        assert self.model is not None
+        found = [(path, m) for path, m in self.model.named_modules(remove_duplicate=False) if isinstance(m, Adapter)]
+        for path, adapter in reversed(found):  # inner ones first
+            if id(adapter) not in before:
+                self.model.set_submodule(path, adapter.base)
+        if name in adapter_names(self.model):
+            named.delete_adapter(self.model, name)
 
     def _check_placed(self, placer: AdapterSets, name: str) -> None:
         assert self.model is not None

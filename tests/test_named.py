@@ -32,10 +32,12 @@ from lit_peft import (
     disabled,
     hub,
     load,
+    place,
     routed,
     train_adapters,
 )
 from lit_peft.adapter import adapter_names, named_adapters
+from lit_peft.methods.lora import LoRALinear
 from lit_peft.selection import Rows
 from lit_peft.tasks.sft import SFT
 from tests.models import save_tiny, tiny
@@ -269,6 +271,14 @@ def test_rows_are_sorted_once() -> None:
     assert groups == [(("a",), 2), (("b",), 2)]
 
 
+class Nameless(LoRA):
+    """A method that was written before there were names."""
+
+    def place_adapters(self) -> None:
+        assert self.model is not None
+        place(self.model, ["model.layers.0.mlp.up_proj"], lambda base: LoRALinear(base, LoRAConfig()))
+
+
 # Sets of a module -----------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +369,7 @@ def test_mistakes_in_adding_change_nothing(tmp_path: Path) -> None:
         (lambda: module.save_adapter(tmp_path / "b", "nobody"), ValueError, "No adapter is named 'nobody'"),
         (lambda: module.delete_adapter("nobody"), ValueError, "No adapter is named 'nobody'"),
         (lambda: train_adapters(module, "nobody"), ValueError, "No adapter is named 'nobody'"),
+        (lambda: module.add_adapter("new", Nameless), TypeError, "Nameless does not place under a name"),
         (lambda: other.add_adapter("new", freeze={"last_layers": 1}), TypeError, "Freeze trains existing weights"),
     ]
     for act, kind, message in cases:
@@ -555,6 +566,7 @@ def ddp_worker(folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_with_different_adapters_in_their_rows(tmp_path: Path) -> None:
     module = four("llama").double()
     module.model.train()
