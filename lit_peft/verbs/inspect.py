@@ -77,7 +77,7 @@ def _checkpoint(path: Path) -> Contents:
     versions = meta.get("versions") or {"lightning": stored.get("pytorch-lightning_version")}
     state = {k.removeprefix("model."): t for k, t in stored["state_dict"].items() if k.startswith("model.")}
     named = settings.get("named") or {}
-    configs = {key: value for key, value in settings.items() if isinstance(value, dict) and key != "named"}
+    configs: dict[str, Any] = {k: v for k, v in settings.items() if isinstance(v, dict) and k != "named"}
     scales = {key: _scale(value) for key, value in configs.items()}
     for name, entry in named.items():
         own = {key: value for key, value in entry.items() if isinstance(value, dict)}
