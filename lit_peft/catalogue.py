@@ -18,6 +18,7 @@ METHODS: dict[str, str] = {
     "loraplus": "methods.loraplus.LoRAPlus",
     "qlora": "methods.qlora.QLoRA",
     "bitfit": "methods.bitfit.BitFit",
+    "ia3": "methods.ia3.IA3",
     "freeze": "methods.freeze.Freeze",
     "full": "methods.full.Full",
 }
@@ -186,6 +187,17 @@ FACTS: dict[str, Facts] = {
         merges=True,
         peft_type="LIT_BITFIT",
         paper="https://arxiv.org/abs/2106.10199",
+    ),
+    "ia3": Facts(
+        title="factors on keys, values and the feed-forward's inside",
+        keyword="ia3",
+        config="methods.ia3.IA3Config",
+        adapter="methods.ia3.IA3Linear",
+        place="linear",
+        trained="out, or in",
+        merges=True,
+        peft_type="IA3",
+        paper="https://arxiv.org/abs/2205.05638",
     ),
     "freeze": Facts(
         title="the last layers as they are, the rest frozen",

@@ -33,6 +33,8 @@ from lit_peft.tensor_files import check_same, load_tensors, repeats, shapes
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 META = "lit_peft.json"
+VERSION = "lit_peft_format"  # in the configuration of methods of our own
+FORMAT = 1
 PREFIX = "base_model.model."
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -83,7 +85,7 @@ def write(
     stacked = len(parts) > 1
     # One folder carries the weights that were trained in place: in a stack, that of the method that trains in place
     # (it places no adapters), else (a task's head) one that HF PEFT reads.
-    in_place = [kind for kind in kinds if not _owned(model, kind)]
+    in_place = [kind for kind in kinds if not owned(model, kind, name)]
     carrier = [*in_place, *(kind for kind in kinds if not kind.startswith("LIT_")), *kinds][0]
     files: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
     for kind, part in zip(kinds, parts, strict=True):
@@ -94,6 +96,8 @@ def write(
             "revision": base.get("revision"),
             "inference_mode": True,
         }
+        if kind.startswith("LIT_"):
+            config[VERSION] = FORMAT
         files[_short(kind) if stacked else ""] = config, tensors
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         return folder
@@ -165,9 +169,7 @@ def _part(
     tensors: dict[str, Tensor] = {}
     paths = []
     layers: dict[str, Mapping[str, Any]] = {}
-    for path, adapter in _owned(model, part["peft_type"]):
-        if name not in adapter.configs:
-            continue
+    for path, adapter in owned(model, part["peft_type"], name):
         paths.append(bare(path))
         settings = getattr(type(adapter), "layer_settings", None)  # of the class: an instance would ask its base too
         if settings is not None:
@@ -200,8 +202,9 @@ def _whole_modules(model: nn.Module, declared: Mapping[str, Tensor]) -> list[str
     return sorted(bare(path) for path in whole if path.rpartition(".")[0] not in whole)
 
 
-def _owned(model: nn.Module, peft_type: str) -> list[tuple[str, Adapter]]:
-    return [(path, a) for path, a in named_adapters(model) if getattr(type(a), "peft_type", None) == peft_type]
+def owned(model: nn.Module, peft_type: str, name: str) -> list[tuple[str, Adapter]]:
+    """Return the adapters of one kind that hold a named set, with their paths."""
+    return [(path, a) for path, a in named_adapters(model) if a.peft_type == peft_type and name in a.configs]
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -220,6 +223,11 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
         config = _read_json(part / CONFIG)
         if not config.get("peft_type"):
             raise ValueError(f"{part / CONFIG} has no peft_type, so the method is not known. Add it to the file.")
+        version = config.pop(VERSION, 1)
+        if version != FORMAT:
+            raise ValueError(
+                f"{part} has format {version!r}, and this lit_peft reads {FORMAT}. Update it: pip install -U."
+            )
         keys = [_plain(key, part) for key in shapes(part / WEIGHTS)]
         configs.append({**config, KEYS: keys, OWN: own.get(config["peft_type"])})
     return configs
@@ -275,6 +283,7 @@ def read(
     base: Mapping[str, Any],
     name: str = "default",
     kinds: Iterable[str] = (),
+    copy: bool = True,
 ) -> None:
     """Copy a saved adapter's weights into a model that has its adapters placed; all of them, or none.
 
@@ -285,12 +294,13 @@ def read(
         base: `name` and `sha` of this model's base, to compare with the folder's; empty: not compared.
         name: which named set to fill.
         kinds: the `peft_type` of every method on this model, for those that place no adapters.
+        copy: fill the declared weights too; otherwise they must be the same already (all named sets share them).
 
     Raises:
         ValueError: if the base, the methods, the layers, the keys or the shapes do not fit.
     """
     check_base(folder, base)
-    here = {*kinds, *(getattr(type(adapter), "peft_type", "") for _, adapter in named_adapters(model))}
+    here = {*kinds, *(a.peft_type for _, a in named_adapters(model) if name in a.configs)} - {""}
     configs = read_configs(folder)
     found = {kind_of(config) for config in configs}
     if found != here:
@@ -305,9 +315,9 @@ def read(
         file = part / WEIGHTS
         left = renamed(config, {_plain(key, part): tensor for key, tensor in load_tensors(file).items()})
         left = {key: tensor for key, tensor in left.items() if not repeats(key, left)}
-        owned = [(path, a) for path, a in _owned(model, kind_of(config)) if name in a.configs]
-        wrapped = {bare(path) for path, _ in owned}
-        for path, adapter in owned:
+        holders = owned(model, kind_of(config), name)
+        wrapped = {bare(path) for path, _ in holders}
+        for path, adapter in holders:
             mine = {}
             for leaf, target in adapter.tensors(name).items():
                 key = f"{bare(path)}.{leaf}"
@@ -324,12 +334,16 @@ def read(
         for path in [path for path in unfilled if file_key(path, wrapped) in left]:
             target = unfilled.pop(path)
             in_place.append((target, _fit(file, path, target, left.pop(file_key(path, wrapped)))))
+            if not copy and not torch.equal(target.cpu(), in_place[-1][1].to(target.dtype)):
+                raise ValueError(
+                    f"{file} has another {path!r}, which all adapters share. Load it into a model of its own."
+                )
         if left:
             raise ValueError(
                 f"{file} holds {len(left)} tensors with no place in this model, such as {sorted(left)[0]!r}. "
                 "Is it an adapter of another base model, or with other targets?"
             )
-    if unfilled:
+    if unfilled and copy:
         raise ValueError(f"{folder} lacks the weight {sorted(unfilled)[0]!r}, which is trained on this model.")
     with torch.no_grad():
         for adapter, mine in fitting:

@@ -300,7 +300,9 @@ def test_verbs(ask: Any) -> None:
         assert "void holds no checkpoint, adapter or model." in ask(verb, "void", *more)
     for verb in ("merge", "export"):
         assert "Choose a new folder." in ask(verb, RUN, "--out", "base")
-    assert "to is 'onnx'; it must be one of peft, hf." in ask("export", RUN, "--out", "m", "--to", "onnx")
+    assert "to is 'onnx'; it must be one of peft, vllm, sglang, llama.cpp, hf." in ask(
+        "export", RUN, "--out", "m", "--to", "onnx"
+    )
     assert "dtype is 'int3'; it must be one of float32," in ask("merge", RUN, "--out", "m", "--dtype", "int3")
     assert "there is no option --systm. Did you mean --system?" in ask("chat", RUN, "--systm", "x")
     assert "max_new_tokens is 0" in ask("chat", RUN, "--max_new_tokens", "0")

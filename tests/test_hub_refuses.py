@@ -165,6 +165,20 @@ def test_damage_is_an_error(tmp_path: Path, writer: str, damage: Any, message: s
     assert "\n" not in str(caught.value)
 
 
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    module = placed(BitFitTiny, "llama")
+    module.save_adapter(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / hub.CONFIG).read_text())["lit_peft_format"] == 1
+    edited(tmp_path / "a", lit_peft_format=2)
+    with pytest.raises(ValueError, match=r"has format 2, and this lit_peft reads 1. Update it") as raised:
+        module.load_adapter(tmp_path / "a")
+    assert "\n" not in str(raised.value)
+    edited(tmp_path / "a", lit_peft_format=None)  # written before there was a number
+    path = tmp_path / "a" / hub.CONFIG
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "lit_peft_format"}))
+    module.load_adapter(tmp_path / "a")
+
+
 @pytest.mark.parametrize("damage", [without("layers.1.mlp.up_proj.lora_B"), halve, more])
 def test_nothing_is_copied_from_a_folder_that_does_not_fit(tmp_path: Path, damage: Any) -> None:
     placed(LoRATiny, "llama").save_adapter(tmp_path / "a")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lit_peft.adapter import innermost, named_adapters
 from lit_peft.mixin import PEFT
 from lit_peft.named import disabled
-from lit_peft.sites import linears, stacks, widths
+from lit_peft.sites import geometry, linears, stacks, widths
 from lit_peft.zoo import compose, task_class
 from tests.models import IM_END, VOCAB, save_tiny
 
@@ -45,6 +45,15 @@ def biases(model: nn.Module) -> int:
     """BitFit: every bias outside the new head; where there is none, one for every linear layer."""
     found = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias") and not n.startswith(HEADS))
     return found or sum(widths(linear)[1] for linear in linears(model).values())
+
+
+def ia3_count(model: nn.Module) -> int:
+    """2 d_kv for every attention block, and f for every feed-forward block."""
+    shape = geometry(model)
+    blocks = shape.layers + (
+        len(stacks(model)[1]) if len(stacks(model)) > 1 else 0
+    )  # a decoder has cross-attention too
+    return blocks * 2 * shape.kv_heads * shape.head_dim + shape.layers * shape.feed_forward
 
 
 def last_layer(model: nn.Module) -> int:
@@ -95,6 +104,7 @@ CASES = [
     ),
     Case("bitfit", biases),
     Case("bitfit", biases, {"quantize": "nf4"}, merges=False, base={"quantize": "nf4"}),
+    Case("ia3", ia3_count),
     Case("freeze", last_layer, {"freeze": {"last_layers": 1}}),
     Case("full", lambda m: sum(p.numel() for p in m.parameters()), reversible=False),
     Case("full", lambda m: sum(p.numel() for p in m.parameters()), {"keep_base": True}),

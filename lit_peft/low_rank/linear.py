@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_peft.adapter import Adapter, innermost
+from lit_peft.combining import low_rank
 from lit_peft.structure import widths
 from lit_peft.weights import fold
 
@@ -100,6 +103,27 @@ class LoRALinear(Adapter):
         a, b = self.pair(name)
         delta: Tensor = self.configs[name].scale * (b.float() @ a.float())
         return delta
+
+    def combined(
+        self, names: Sequence[str], weights: Sequence[float], how: str, **options: Any
+    ) -> tuple[LoRAConfig, dict[str, Tensor]]:
+        """Return a weighted combination of some sets, as one set of scale 1.
+
+        Raises:
+            TypeError: if the update of a set is not s B A alone.
+        """
+        configs: list[LoRAConfig] = [self.configs[name] for name in names]
+        other = any(getattr(type(self), part) is not getattr(LoRALinear, part) for part in ("pair", "delta", "change"))
+        if other or any(config.use_dora for config in configs):
+            return super().combined(names, weights, how, **options)
+        with torch.no_grad():
+            pairs = [(self.lora_a[n], self.lora_b[n], c.scale) for n, c in zip(names, configs, strict=True)]
+            options.pop("absent")  # a set without this layer changes nothing there
+            a, b = low_rank(pairs, weights, how, **options)
+        r = a.shape[0]
+        alpha = math.sqrt(r) if configs[0].use_rslora else float(r)
+        plain: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": "loaded"}
+        return replace(configs[0], r=r, alpha=alpha, **plain), {"lora_A.weight": a, "lora_B.weight": b}
 
     def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
         """Fold s B A into W: added in float32, rounded once to the base's dtype."""

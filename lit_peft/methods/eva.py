@@ -24,7 +24,7 @@ from lit_peft.low_rank.dora import DoRALinear
 from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.methods.lora import LoRA, LoRAConfig
 from lit_peft.sites import match
-from lit_peft.targets import shortest_targets
+from lit_peft.targets import bare, shortest_targets
 
 
 class EVA(LoRA):
@@ -84,9 +84,9 @@ class EVA(LoRA):
             for path, found in directions.items():
                 if len(found):
                     placed[path].lora_a["default"].copy_(found)
-        kept = {_bare(path): config for path, config in configs.items() if config is not None}
+        kept = {bare(path): config for path, config in configs.items() if config is not None}
         assert self.model is not None
-        modules = {_bare(path) for path, _ in self.model.named_modules()}
+        modules = {bare(path) for path, _ in self.model.named_modules()}
         r, alpha = self.lora.r, self.lora.alpha
         self.lora = self.configured(
             LoRAConfig,
@@ -106,9 +106,9 @@ class EVA(LoRA):
             return
         noted = LoRAConfig(**settings)
         assert self.model is not None
-        kept = {_bare(path) for path in match(self.model, noted.target_modules, exclude_modules=noted.exclude_modules)}
+        kept = {bare(path) for path in match(self.model, noted.target_modules, exclude_modules=noted.exclude_modules)}
         paths = self._placed_lora()
-        self._rebuild({path: noted.at(_bare(path)) if _bare(path) in kept else None for path in paths})
+        self._rebuild({path: noted.at(bare(path)) if bare(path) in kept else None for path in paths})
         self.lora = self.configured(LoRAConfig, "lora", noted)
 
     def _placed_lora(self) -> dict[str, Any]:
@@ -129,7 +129,3 @@ class EVA(LoRA):
             elif not adapter.configs:
                 for alias in [alias for alias, module in modules.items() if module is adapter]:
                     self.model.set_submodule(alias, adapter.base)
-
-
-def _bare(path: str) -> str:
-    return ".".join(piece for piece in path.split(".") if piece != "base")

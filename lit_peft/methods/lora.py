@@ -8,13 +8,15 @@ A starts Kaiming-uniform, B at zero: the adapted model starts as the base model,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_peft.adapter import Adapter, innermost, join, named_adapters, remember
+from lit_peft.adapter import Adapter, innermost, named_adapters, remember
 from lit_peft.low_rank import dora, residual
 from lit_peft.low_rank.convolution import CONVOLUTIONS, LoRAConv, check_groups
 from lit_peft.low_rank.embedding import LoRAEmbedding
@@ -23,6 +25,7 @@ from lit_peft.low_rank.in_place import bias_names, inside, parameters_of, refuse
 from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.methods.lora_config import LoRAConfig as LoRAConfig
 from lit_peft.mixin import PEFT
+from lit_peft.placing import join
 from lit_peft.sites import is_linear, match
 from lit_peft.targets import KEYS, OWN, bare, patterns, saved_modules, stored_layers, stored_targets
 
@@ -116,7 +119,7 @@ class LoRA(PEFT):
         if config.enable_lora is not None:
             note_slices(model, paths)
         in_place = bias_names(model, config.bias, paths) | parameters_of(model, saved)
-        join(model, layers, self.adapter_class)
+        join(model, layers, self.adapter_class, self.placing)
         untie(model, saved)
         remember(
             model,
@@ -175,6 +178,19 @@ class LoRA(PEFT):
             if not inside(path, [other for other in found if other != path])
             and not all(self.is_trainable(f"{path}.{n}", p) for n, p in model.get_submodule(path).named_parameters())
         ]
+
+    def gathered(self, layers: Mapping[str, Any]) -> LoRAConfig:
+        """Return the configuration of a combined adapter: each layer by its path, with its own rank."""
+        first: LoRAConfig = next(iter(layers.values()))
+        others = {re.escape(path): config for path, config in layers.items() if config != first}
+        return replace(
+            first,
+            target_modules=sorted(layers),
+            exclude_modules=None,
+            layers_to_transform=None,
+            rank_pattern={path: config.r for path, config in others.items()},
+            alpha_pattern={path: config.alpha for path, config in others.items()},
+        )
 
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`."""

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_peft.adapter import Adapter, innermost, join
+from lit_peft.adapter import Adapter, innermost
 from lit_peft.low_rank import square
 from lit_peft.mixin import PEFT
+from lit_peft.placing import join
 from lit_peft.sites import match, widths
 from lit_peft.targets import KEYS, stored_targets
 from lit_peft.weights import fold, whole

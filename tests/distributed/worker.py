@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "loraplus": {"lora": {"r": 4}},
     "qlora": {"lora": {"r": 4, "dropout": 0.0}, "dtype": "float32"},
     "bitfit": {},
+    "ia3": {},
     "freeze": {"freeze": {"last_layers": 1}},
     "full": {},
     "lora+bitfit": {"lora": {"r": 4}},
