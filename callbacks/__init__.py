@@ -8,6 +8,7 @@ _HOME = {
     "AdapterFreeze": "adapter_freeze",
     "AdapterCheckpoint": "adapter_checkpoint",
     "AdapterMerge": "adapter_merge",
+    "RankAllocator": "rank_allocator",
     "SampleAnswers": "sample_answers",
     "RunReport": "run_report",
     "Throughput": "throughput",

@@ -21,6 +21,8 @@ _HOME = {
     "LoRA": "methods.lora",
     "LoRAConfig": "methods.lora",
     "RsLoRA": "methods.lora",
+    "AdaLoRA": "methods.adalora",
+    "AdaLoRAConfig": "methods.adalora",
     "BitFit": "methods.bitfit",
     "BitFitConfig": "methods.bitfit",
     "Freeze": "methods.freeze",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 METHODS: dict[str, str] = {
     "lora": "methods.lora.LoRA",
     "rslora": "methods.lora.RsLoRA",
+    "adalora": "methods.adalora.AdaLoRA",
     "bitfit": "methods.bitfit.BitFit",
     "freeze": "methods.freeze.Freeze",
     "full": "methods.full.Full",
@@ -67,6 +68,17 @@ FACTS: dict[str, Facts] = {
         merges=True,
         peft_type="LORA",
         paper="https://arxiv.org/abs/2312.03732",
+    ),
+    "adalora": Facts(
+        title="LoRA with one budget of ranks for all layers",
+        keyword="adalora",
+        config="methods.adalora.AdaLoRAConfig",
+        adapter="methods.adalora.AdaLoRALinear",
+        place="linear",
+        trained="init_r (in + out + 1)",
+        merges=True,
+        peft_type="ADALORA",
+        paper="https://arxiv.org/abs/2303.10512",
     ),
     "bitfit": Facts(
         title="a change of each bias, nothing else",

@@ -158,13 +158,15 @@ def _part(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     paths = []
+    config = dict(part)
     for path, adapter in _owned(model, part["peft_type"]):
         paths.append(bare(path))
+        for key, entries in adapter.settings(bare(path), name).items():
+            config[key] = {**(config.get(key) or {}), **entries}
         for leaf, tensor in adapter.tensors(name).items():
             tensors[f"{PREFIX}{bare(path)}.{leaf}"] = _full(tensor)
     for path, tensor in declared.items():
         tensors[f"{PREFIX}{bare(path)}"] = _full(tensor)
-    config = dict(part)
     if paths:
         # A method of ours may keep the user's own words; what PEFT reads must name exactly the adapted layers.
         config.setdefault("target_modules", shortest_targets(paths, [bare(path) for path, _ in model.named_modules()]))
@@ -296,17 +298,18 @@ def read(
         left = {_plain(key, part): tensor for key, tensor in load_tensors(file).items()}
         for path, adapter in _owned(model, config["peft_type"]):
             mine = {}
-            for leaf, target in adapter.tensors(name).items():
+            stored = {leaf: left[key] for leaf in adapter.tensors(name) if (key := f"{bare(path)}.{leaf}") in left}
+            for leaf, shape in adapter.shapes(stored, name).items():
                 key = f"{bare(path)}.{leaf}"
                 if key not in left:
                     raise ValueError(
                         f"{file} lacks {key!r}, for a layer that is adapted here. Is it another adapter's?"
                     )
-                mine[leaf] = _fit(file, key, target, left.pop(key))
+                mine[leaf] = _fit(file, key, shape, left.pop(key))
             fitting.append((adapter, mine))
         for path in [path for path in unfilled if bare(path) in left]:
             target = unfilled.pop(path)
-            in_place.append((target, _fit(file, path, target, left.pop(bare(path)))))
+            in_place.append((target, _fit(file, path, target.shape, left.pop(bare(path)))))
         if left:
             raise ValueError(
                 f"{file} holds {len(left)} tensors with no place in this model, such as {sorted(left)[0]!r}. "
@@ -321,9 +324,9 @@ def read(
             target.copy_(tensor)
 
 
-def _fit(file: Path, key: str, target: Tensor, tensor: Tensor) -> Tensor:
-    if target.shape != tensor.shape:
-        shown = f"{tuple(tensor.shape)} in {file}, {tuple(target.shape)} in this model"
+def _fit(file: Path, key: str, shape: Sequence[int], tensor: Tensor) -> Tensor:
+    if tuple(tensor.shape) != tuple(shape):
+        shown = f"{tuple(tensor.shape)} in {file}, {tuple(shape)} in this model"
         raise ValueError(f"Shapes differ for {key!r}: {shown}. Is it an adapter of another base model?")
     return tensor
 

@@ -29,6 +29,10 @@ def lora_count(r: int) -> Count:
     return lambda model: sum(r * sum(widths(linear)) for linear in linears(model).values())
 
 
+def svd_count(r: int) -> Count:
+    return lambda model: sum(r * (sum(widths(linear)) + 1) for linear in linears(model).values())
+
+
 def biases(model: nn.Module) -> int:
     """BitFit: every bias outside the new head; where there is none, one for every linear layer."""
     found = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias") and not n.startswith(HEADS))
@@ -53,6 +57,8 @@ class Case:
 CASES = [
     Case("lora", lora_count(4), {"lora": {"r": 4}}),
     Case("rslora", lora_count(3), {"lora": {"r": 3}}),
+    # no ranks are dropped here, where runs differ in length; see test_adalora.py
+    Case("adalora", svd_count(4), {"adalora": {"init_r": 4, "target_r": 4}}),
     Case("bitfit", biases),
     Case("freeze", last_layer, {"freeze": {"last_layers": 1}}),
     Case("full", lambda m: sum(p.numel() for p in m.parameters()), reversible=False),

@@ -26,6 +26,7 @@ STEPS, HALF = 5, 2  # an epoch has three steps: HALF is in its middle
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"r": 4}},
     "rslora": {"lora": {"r": 4}},
+    "adalora": {"adalora": {"init_r": 4, "target_r": 2, "shrink": False}},
     "bitfit": {},
     "freeze": {"freeze": {"last_layers": 1}},
     "full": {},
