@@ -4,68 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_peft.adapter import named_adapters
+from lit_peft.callbacks.prunable import PrunableSet, prunable_sets
 from lit_peft.callbacks.rank_map import draw
+from lit_peft.callbacks.rank_schedule import Schedule, plan
+from lit_peft.callbacks.shards import begin_of, own_part, part_of, whole_of
 
 PICTURE = "ranks.png"
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "state2")
-
-
-class Prunable(Protocol):
-    """What the allocator needs of an adapter: triplets that can be switched off one by one, and cut off at the end.
-
-    Attributes:
-        kept: for each named set, which triplets (r,) are left for good; no entry until that is settled.
-    """
-
-    kept: dict[str, Tensor]
-
-    def triplets(self, name: str) -> tuple[tuple[nn.Parameter, int], ...]:
-        """Return the parameters of a named set, each with the dimension that counts its triplets.
-
-        The first one, (r,), switches a triplet off where it is 0.
-        """
-
-    def shrink(self, name: str) -> None:
-        """Cut off what is not kept."""
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When triplets are switched off, in optimizer steps, and how many may stay on.
-
-    Attributes:
-        first: up to this step nothing happens.
-        last: at this step the choice becomes final.
-        every: a choice is made every so many steps.
-    """
-
-    first: int
-    last: int
-    every: int
-
-    def budget(self, step: int, initial: int, final: int) -> int:
-        """Return b(t), how many triplets are on after optimizer step t (AdaLoRA, equation 9).
-
-        b0 up to `first`, then bT + (b0 - bT) (1 - (t - first) / (last - first))^3, and bT from `last` on.
-        """
-        if step <= self.first:
-            return initial
-        if step >= self.last:
-            return final
-        left = 1 - (step - self.first) / (self.last - self.first)
-        return int(final + (initial - final) * left**3)
 
 
 class RankAllocator(Callback):
@@ -95,8 +50,8 @@ class RankAllocator(Callback):
         deltaT: steps from one choice to the next; None: a thousandth of the run.
         beta1: how slowly the mean sensitivity follows.
         beta2: how slowly the uncertainty follows.
-        shrink: cut off what was switched off when the fit ends. Sharded weights (FSDP2) stay as they are; saved adapters
-            are cut always.
+        shrink: cut off what was switched off when the fit ends. Sharded weights (FSDP2) stay as they are; saved
+            adapters are cut always.
         folder: where the picture of the ranks goes; None: the Trainer's `default_root_dir`.
 
     Attributes:
@@ -144,7 +99,7 @@ class RankAllocator(Callback):
         self.ranks: dict[str, int] = {}
         self.finished = False
         self._step = 0
-        self._sets: list[_Set] = []
+        self._sets: list[PrunableSet] = []
         self._on: list[Tensor] = []  # which triplets are on, (r,) of bool for each set, on the CPU
         self._mean: list[Tensor] = []  # J and U of every parameter of every set: this process's shard
         self._uncertainty: list[Tensor] = []
@@ -165,25 +120,13 @@ class RankAllocator(Callback):
         Raises:
             ValueError: if the run has no known length, or is too short for tinit and tfinal.
         """
-        self.schedule = self._plan(trainer.estimated_stepping_batches)
-
-    def _plan(self, total: int | float) -> Schedule:
-        if math.isinf(total):
-            raise ValueError("This run has no end to share the ranks out by. Set max_steps or max_epochs.")
-        total = max(1, int(total))
-        first, tail = _steps(self.tinit, total, 0.1), _steps(self.tfinal, total, 0.4)
-        if first >= total - tail:
-            raise ValueError(
-                f"tinit ({first}) and tfinal ({tail}) leave no step in between: the run has {total} optimizer steps. "
-                "Lower them, give them as shares such as 0.1, or train longer."
-            )
-        return Schedule(first, total - tail, self.deltaT or max(1, total // 1000))
+        self.schedule = plan(trainer.estimated_stepping_batches, self.tinit, self.tfinal, self.deltaT)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the adapters, and go on with the averages of a checkpoint."""
         assert self.schedule is not None
         self._step = trainer.global_step
-        self._sets = _find(pl_module)
+        self._sets = prunable_sets(pl_module)
         stored, self._loaded = self._loaded, {}
         if stored:
             self.finished = stored["finished"]
@@ -202,7 +145,9 @@ class RankAllocator(Callback):
             for number, (parameter, _) in enumerate(piece.triplets):
                 key = f"{piece.key}.{number}"
                 for averages, kept in ((self._mean, mean), (self._uncertainty, uncertainty)):
-                    averages.append(_shard(kept[key], parameter) if key in kept else torch.zeros_like(_own(parameter)))
+                    averages.append(
+                        part_of(kept[key], parameter) if key in kept else torch.zeros_like(own_part(parameter))
+                    )
         self._note()
         if self.finished:
             self._settle()
@@ -232,11 +177,11 @@ class RankAllocator(Callback):
 
     def _average(self, trainer: Trainer) -> None:
         """Follow the sensitivities of one optimizer step."""
-        weights = [_own(parameter) for piece in self._sets for parameter, _ in piece.triplets]
+        parameters = [parameter for piece in self._sets for parameter, _ in piece.triplets]
+        weights = [own_part(parameter) for parameter in parameters]
         gradients = [
-            torch.zeros_like(_own(parameter)) if parameter.grad is None else _own(parameter.grad).to(parameter.dtype)
-            for piece in self._sets
-            for parameter, _ in piece.triplets
+            torch.zeros_like(w) if p.grad is None else own_part(p.grad).to(w.dtype)
+            for p, w in zip(parameters, weights, strict=True)
         ]
         now = list(torch._foreach_mul(weights, gradients))
         torch._foreach_abs_(now)
@@ -251,7 +196,7 @@ class RankAllocator(Callback):
         """Keep the best b(t) triplets of each named set on."""
         assert self.schedule is not None
         scores = self._scores().cpu()
-        parts = scores.split([piece.rank for piece in self._sets])
+        parts = torch.split(scores, [piece.rank for piece in self._sets])
         for name in dict.fromkeys(piece.name for piece in self._sets):
             numbers = [i for i, piece in enumerate(self._sets) if piece.name == name]
             together = torch.cat([parts[i] for i in numbers])
@@ -260,7 +205,7 @@ class RankAllocator(Callback):
             on = torch.zeros(len(together), dtype=torch.bool)
             # stable: of equal scores the first ones, by layer and row, on every process
             on[together.sort(descending=True, stable=True).indices[:budget]] = True
-            for i, flags in zip(numbers, on.split([self._sets[i].rank for i in numbers]), strict=True):
+            for i, flags in zip(numbers, torch.split(on, [self._sets[i].rank for i in numbers]), strict=True):
                 self._on[i] = flags.clone()
         self._note()
 
@@ -273,7 +218,7 @@ class RankAllocator(Callback):
             lead = piece.triplets[0][0]
             scores = torch.zeros(piece.rank, device=lead.device, dtype=torch.float32)
             for parameter, dim in piece.triplets:
-                product, begin = next(products).float(), _begin(parameter, dim)
+                product, begin = next(products).float(), begin_of(parameter, dim)
                 others = [other for other in range(product.ndim) if other != dim]
                 count = math.prod(parameter.shape[other] for other in others)
                 own = product.sum(others) / count if others else product
@@ -299,15 +244,15 @@ class RankAllocator(Callback):
             if bool(on.all()):
                 continue
             parameter = piece.triplets[0][0]
-            begin = _begin(parameter, 0)
-            own = _own(parameter)
+            begin = begin_of(parameter, 0)
+            own = own_part(parameter)
             off = ~on[begin : begin + len(own)].to(own.device)
             own.masked_fill_(off, 0.0)
             for state in (optimizer.state.get(parameter, {}) for optimizer in optimizers):
                 for key, value in state.items():
                     moment = isinstance(value, Tensor) and value.shape == parameter.shape
                     if moment and (self.finished or key not in SECOND_MOMENTS):
-                        _own(value).masked_fill_(off, 0)
+                        own_part(value).masked_fill_(off, 0)
 
     def _settle(self) -> None:
         """Tell the adapters what is left for good, so that what is saved from now on is cut."""
@@ -380,85 +325,12 @@ class RankAllocator(Callback):
             parameters = [(f"{s.key}.{i}", p) for s in self._sets for i, (p, _) in enumerate(s.triplets)]
             for word, averages in (("mean", self._mean), ("uncertainty", self._uncertainty)):
                 pairs = zip(parameters, averages, strict=True)
-                state[word] = {key: _gather(average, parameter) for (key, parameter), average in pairs}
+                state[word] = {key: whole_of(average, parameter) for (key, parameter), average in pairs}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what a checkpoint holds until the adapters are there."""
         self._loaded = dict(state_dict)
-
-
-@dataclass(frozen=True)
-class _Set:
-    """One named set of one adapter."""
-
-    path: str
-    name: str
-    adapter: Prunable
-
-    @property
-    def key(self) -> str:
-        return f"{self.path}.{self.name}"
-
-    @property
-    def triplets(self) -> tuple[tuple[nn.Parameter, int], ...]:
-        return self.adapter.triplets(self.name)
-
-    @property
-    def rank(self) -> int:
-        return len(self.triplets[0][0])
-
-
-def _find(module: LightningModule) -> list[_Set]:
-    """Return what is trained and prunable, layer by layer; an adapter around another one would lend it its methods."""
-    model: Any = module.model
-    found: list[tuple[str, Any]] = [(p, a) for p, a in named_adapters(model) if hasattr(type(a), "triplets")]
-    return [
-        _Set(".".join(piece for piece in path.split(".") if piece != "base"), name, adapter)
-        for path, adapter in found
-        for name in adapter.configs
-        if adapter.triplets(name)[0][0].requires_grad
-    ]
-
-
-def _steps(asked: int | float | None, total: int, share: float) -> int:
-    if isinstance(asked, int):
-        return asked
-    return int((share if asked is None else asked) * total)
-
-
-# Shards: FSDP2 deals a tensor's first dimension out in equal chunks, in the order of the processes. ------------------
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor, which is all of it unless it is sharded."""
-    tensor = tensor.detach()
-    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return local
-
-
-def _begin(parameter: Any, dim: int) -> int:
-    """Return where this process's part begins along a dimension."""
-    if dim or not hasattr(parameter, "device_mesh"):
-        return 0
-    mesh = parameter.device_mesh
-    chunk = math.ceil(parameter.shape[0] / mesh.size())
-    return min(parameter.shape[0], mesh.get_local_rank() * chunk)
-
-
-def _shard(whole: Tensor, parameter: nn.Parameter) -> Tensor:
-    own = _own(parameter)
-    return whole.narrow(0, _begin(parameter, 0), len(own)).to(own.device, own.dtype, copy=True)
-
-
-def _gather(own: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Return the whole of a tensor that is laid out like a parameter, on the CPU; all processes come here."""
-    if not hasattr(parameter, "full_tensor"):
-        return own.to("cpu", copy=True)
-    whole: Any = torch.zeros_like(parameter, requires_grad=False)
-    whole.to_local().copy_(own)
-    gathered: Tensor = whole.full_tensor()
-    return gathered.cpu()
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:
