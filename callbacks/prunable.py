@@ -40,14 +40,17 @@ class PrunableSet:
 
     @property
     def key(self) -> str:
+        """Its name in checkpoints."""
         return f"{self.path}.{self.name}"
 
     @property
     def triplets(self) -> tuple[tuple[nn.Parameter, int], ...]:
+        """Its parameters, each with the dimension that counts its triplets."""
         return self.adapter.triplets(self.name)
 
     @property
     def rank(self) -> int:
+        """How many triplets it has."""
         return len(self.triplets[0][0])
 
 

@@ -114,17 +114,14 @@ class RankAllocator(Callback):
             callbacks.remove(self)
             callbacks.insert(0, self)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Work out the schedule.
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Work out the schedule, find the adapters, and go on with the averages of a checkpoint.
 
         Raises:
             ValueError: if the run has no known length, or is too short for tinit and tfinal.
         """
+        # not earlier: to count the steps, the Trainer makes the data loader, which would miss its place in the data
         self.schedule = plan(trainer.estimated_stepping_batches, self.tinit, self.tfinal, self.deltaT)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the adapters, and go on with the averages of a checkpoint."""
-        assert self.schedule is not None
         self._step = trainer.global_step
         self._sets = prunable_sets(pl_module)
         stored, self._loaded = self._loaded, {}

@@ -35,7 +35,7 @@ def table(ranks: Mapping[str, int]) -> dict[str, dict[str, dict[int, int]]]:
         stack, layer, kind = ("", 0, path) if at is None else (".".join(pieces[:at]), int(pieces[at]), pieces[at + 1 :])
         name = ".".join(kind) if isinstance(kind, list) else kind
         found.setdefault(stack, {}).setdefault(name, {})[layer] = rank
-    return {stack: _shortened(kinds) for stack, kinds in found.items()}
+    return {stack: _shortened(kinds) if stack else kinds for stack, kinds in found.items()}
 
 
 def _shortened(kinds: dict[str, dict[int, int]]) -> dict[str, dict[int, int]]:

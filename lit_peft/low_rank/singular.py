@@ -67,7 +67,8 @@ class AdaLoRALinear(Adapter):
         h: Tensor = F.dropout(x, config.dropout, self.training) if config.dropout else x
         h = F.linear(h, q.to(h.dtype))
         h = h * scale.to(h.dtype)
-        rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype)
+        rows = y.reshape(-1, y.shape[-1])
+        h = h.reshape(len(rows), len(scale)).to(y.dtype)  # no -1: a layer may be left with no rank
         return torch.addmm(rows, h, p.t().to(y.dtype), alpha=config.scale).view(y.shape)
 
     def delta(self, name: str) -> Tensor:
