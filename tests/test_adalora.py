@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM
 
 import lit_peft
 from lit_peft import hub
@@ -73,10 +75,8 @@ def test_formula_and_gradients_in_float64() -> None:
 
 
 def test_penalty_is_the_papers() -> None:
-    layers = [
-        AdaLoRALinear(nn.Linear(*size), AdaLoRAConfig(init_r=r, target_r=1))
-        for size, r in [((6, 6), 3), ((9, 6), 4), ((6, 9), 3)]
-    ]
+    sizes = [(6, 6, 3), (9, 6, 4), (6, 9, 3)]
+    layers = [AdaLoRALinear(nn.Linear(wide, tall), AdaLoRAConfig(init_r=r, target_r=1)) for wide, tall, r in sizes]
     for layer in layers:
         shake(layer, size=0.5)
     value = penalty(layers)
@@ -90,7 +90,7 @@ def test_penalty_is_the_papers() -> None:
         assert torch.allclose(layer.adalora_p["default"].grad.double(), 4 * p @ left, atol=1e-4)  # type: ignore[union-attr]
         assert torch.allclose(layer.adalora_q["default"].grad.double(), 4 * right @ q, atol=1e-4)  # type: ignore[union-attr]
         assert layer.adalora_lambda["default"].grad is None
-    assert float(value) == pytest.approx(expected, rel=1e-5)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
 class Returns(Tiny):
@@ -140,8 +140,6 @@ def test_evaluation_does_not_see_the_penalty(task: str, tmp_path: Path) -> None:
         rows = make_rows(4)
         if task == "classification":
             rows = [{**row, "labels": torch.tensor(i % 3)} for i, row in enumerate(rows)]
-        from torch.utils.data import DataLoader
-
         torch.manual_seed(0)
         trainer = make_trainer(tmp_path)
         seen.append(trainer.validate(module, DataLoader(rows, batch_size=2), verbose=False)[0]["val_loss"])  # type: ignore[arg-type]
@@ -218,7 +216,9 @@ def by_peft(folder: Path, kind: str, steps: int = 8, **settings: Any) -> nn.Modu
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_we_read_pefts(tmp_path: Path, kind: str) -> None:
-    more = {"modules_to_save": ["classifier"]} if kind == "bert" else {}
+    more: dict[str, Any] = {"modules_to_save": ["classifier"]} if kind == "bert" else {}
+    if kind == "gpt2":
+        more = {"target_modules": ["c_attn", "c_fc", "c_proj"], "fan_in_fan_out": True}
     theirs = by_peft(tmp_path / "a", kind, **more)
     rows = {k: len(v) for k, v in load_file(tmp_path / "a" / hub.WEIGHTS).items() if k.endswith("lora_E")}
     assert len(set(rows.values())) > 1
@@ -238,7 +238,7 @@ def test_a_layer_left_with_no_rank_both_ways(tmp_path: Path) -> None:
     module = placed(AdaLoRATiny, "llama", adapter=str(tmp_path / "a"))
     check_equal(theirs, module.model, "llama")
     module.merge_adapters()
-    check_equal(theirs, module.model, "llama")
+    close(logits(module.model, "llama"), logits(theirs, "llama"))
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
@@ -338,7 +338,8 @@ def test_every_kind_of_file_of_a_run_gives_its_logits(tmp_path: Path) -> None:
             again.save_adapter(tmp_path / f"{Path(path).stem}-saved")
             saved = load_file(tmp_path / f"{Path(path).stem}-saved" / hub.WEIGHTS)
             assert sorted(len(v) for k, v in saved.items() if k.endswith("lora_E")) == sorted(ranks)
-    check_equal(in_peft(tmp_path / "adapter", "llama"), module.model, "llama") if False else None
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "b"), tmp_path / "adapter")
+    close(logits(theirs.eval(), "llama"), expected)
     for path in ("cut.ckpt", "run/checkpoints/last.ckpt"):  # validate --ckpt_path, into a cut and a fresh module
         for target in (module, lit_peft.load(tmp_path / "run", device="cpu")):
             made = make_trainer(tmp_path)
@@ -353,7 +354,7 @@ def close(a: Tensor, b: Tensor) -> None:
 
 
 def test_another_rank_is_still_refused(tmp_path: Path) -> None:
-    module, trainer = run(tmp_path, shrink=False)
+    _, trainer = run(tmp_path, shrink=False)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     other = compose("adalora", "sft")(str(tmp_path / "b"), adalora={"init_r": 3, "target_r": 2})
     with pytest.raises(ValueError, match="Shapes differ for"):
@@ -404,9 +405,10 @@ def test_learns_a_toy_task_that_needs_it(tmp_path: Path) -> None:
     """The training loss falls well below its start, with a third of the ranks dropped on the way."""
     save_tiny("llama", tmp_path / "b")
     torch.manual_seed(0)
-    module = compose("adalora", "sft")(str(tmp_path / "b"), lr=5e-3, adalora={"init_r": 6, "target_r": 4})
+    module = compose("adalora", "sft")(str(tmp_path / "b"), lr=2e-2, adalora={"init_r": 6, "target_r": 4})
     report = RunReport()
-    trainer = make_trainer(tmp_path / "run", report, max_epochs=25)
+    trainer = make_trainer(tmp_path / "run", report, max_epochs=40)
     trainer.fit(module, make_loader(8, 4))
-    assert report.train[-1][1] < 0.5 * report.train[0][1]
+    assert report.train[-1][1] < 0.3 * report.train[0][1]
+    assert float(trainer.callback_metrics["orthogonality"]) < 0.1 * 14 * 2 * 6  # what it is at the start, about
     assert sum(len(a.adalora_lambda["default"]) for a in found(module.model)) == 4 * 14
