@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lit_peft.adapter import named_adapters
 from lit_peft.callbacks import RankAllocator
 from lit_peft.callbacks.rank_map import draw, table
-from lit_peft.callbacks.rank_schedule import Schedule
+from lit_peft.callbacks.rank_schedule import Schedule, plan
 from lit_peft.data.loader import ResumableLoader, ShardedSampler
-from lit_peft.low_rank.singular import AdaLoRALinear
+from lit_peft.low_rank.singular import AdaLoRALinear, penalty
 from lit_peft.methods.adalora import AdaLoRA, AdaLoRAConfig
 from lit_peft.module import AdaptableModule
 
@@ -165,7 +165,119 @@ def reference(watch: Watch, first: int, last: int, every: int, target: int, beta
         for k, (three, slopes) in enumerate(zip(weights, gradients, strict=True)):
             s = []
             for i, (w, g) in enumerate(zip(three, slopes, strict=True)):
-                settled = torch.tensor([float(trainer.global_step)])
+                now = (w * g).abs()
+                means[k, i] = beta1 * means.get((k, i), torch.zeros_like(now)) + (1 - beta1) * now
+                spread = (now - means[k, i]).abs()
+                unsure[k, i] = beta2 * unsure.get((k, i), torch.zeros_like(now)) + (1 - beta2) * spread
+                s.append(means[k, i] * unsure[k, i])
+            for row in range(ranks[k]):
+                score = s[0][row] + s[1][:, row].mean() + s[2][row].mean()
+                scores.append((float(score), k, row))
+        if t >= last:
+            budget = b_t
+        elif t <= first:
+            budget = b0
+        else:
+            budget = int(b_t + (b0 - b_t) * (1 - (t - first) / (last - first)) ** 3)
+        if t == last or (first < t < last and t % every == 0):
+            best = sorted(scores, key=lambda item: (-item[0], item[1], item[2]))[:budget]
+            chosen = {(k, row) for _, k, row in best}
+            on = [[(k, row) in chosen for row in range(r)] for k, r in enumerate(ranks)]
+        history.append([list(flags) for flags in on])
+    return history
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_follows_the_papers_algorithm(every: int, tmp_path: Path) -> None:
+    module = Watched(adalora=AdaLoRAConfig(init_r=6, target_r=2, tinit=3, tfinal=8, deltaT=every))
+    torch.manual_seed(1)
+    module.configure_model()
+    watch = module.watch = Watch()
+    made = fit(module, tmp_path, watch)
+    assert len(watch.on) == len(watch.weights) == 30
+    expected = reference(watch, 3, 22, every, 2, 0.85, 0.85)
+    assert watch.on == expected
+    totals = [sum(map(sum, on)) for on in watch.on]
+    assert totals[:3] == [6 * DEPTH] * 3
+    assert totals[21:] == [2 * DEPTH] * 9
+    assert totals == sorted(totals, reverse=True)
+    # some came back before the end, none after it
+    flat = [[row for layer in on for row in layer] for on in watch.on]
+    back = [t for t in range(1, 30) if any(now > before for before, now in zip(flat[t - 1], flat[t], strict=True))]
+    assert back
+    assert max(back) <= 21
+    assert allocator(made).finished
+
+
+def test_schedule() -> None:
+    schedule = Schedule(first=10, last=110, every=1)
+    assert schedule.budget(10, 168, 112) == 168
+    assert schedule.budget(60, 168, 112) == 112 + 7  # (1/2)^3 of 56
+    assert schedule.budget(110, 168, 112) == schedule.budget(500, 168, 112) == 112
+    assert plan(1000, 100, 0.25, 7) == Schedule(100, 750, 7)
+    assert plan(1, None, None, None) == Schedule(0, 1, 1)
+    assert all(plan(n, None, None, None).first < plan(n, None, None, None).last for n in range(1, 50))
+
+
+def test_budget_is_met_and_ranks_differ(tmp_path: Path) -> None:
+    module = built(tinit=10, tfinal=40, init_r=6, target_r=2)
+    before = penalty(layers(module)).item()
+    made = fit(module, tmp_path, steps=160)
+    ranks = list(allocator(made).ranks.values())
+    assert sum(ranks) == 2 * DEPTH
+    assert len(ranks) == DEPTH
+    assert len(set(ranks)) > 2, ranks
+    assert [len(a.adalora_lambda["default"]) for a in layers(module)] == ranks, "not cut"
+    assert penalty(layers(module)).item() < 0.5 * before * 2 / 6  # a third of the matrices' rows is left
+
+
+def test_ties_go_to_the_first(tmp_path: Path) -> None:
+    module = built()
+    made = fit(module, tmp_path, steps=1)  # nothing but equal scores once the averages are cleared
+    again = allocator(made)
+    again._sets, again.schedule, again._step = [], Schedule(0, 5, 1), 5
+    fresh = built()
+    again.finished, again._on = False, []
+    again.schedule = Schedule(0, 5, 1)
+    again._loaded = {}
+    quick = trainer(tmp_path, max_steps=1)
+    again.on_train_start(quick, fresh)
+    again._step = 5
+    again._choose()
+    flat = [on for flags in again._on for on in flags.tolist()]
+    assert flat == [True] * (2 * DEPTH) + [False] * (4 * DEPTH)
+
+
+def test_same_rank_from_start_to_end(tmp_path: Path) -> None:
+    made = fit(built(init_r=3, target_r=3), tmp_path, steps=6)
+    assert set(allocator(made).ranks.values()) == {3}
+
+
+# When it acts ---------------------------------------------------------------------------------------------------------
+
+
+def test_acts_once_for_each_optimizer_step(tmp_path: Path) -> None:
+    """Four micro-batches accumulated choose as one batch of all rows does."""
+    found = []
+    for size, accumulate in ((16, 1), (4, 4)):
+        module, calls = built(shrink=False, tinit=1, tfinal=3), Counting()
+        made = trainer(tmp_path, calls, max_steps=10, accumulate_grad_batches=accumulate)
+        made.fit(module, loader(size))
+        found.append((allocator(made)._on, module))
+        assert calls.found == list(range(1, 11)), "not once a step"
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+
+
+class Counting(Callback):
+    """Notes the steps at which the allocator's averages moved."""
+
+    def __init__(self) -> None:
+        self.found: list[int] = []
+        self.last: Tensor | None = None
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        made = allocator(trainer)
+        settled = torch.tensor([float(trainer.global_step)])
         now = torch.cat([mean.flatten() for mean in made._mean]) if made._mean else settled
         if trainer.global_step and (self.last is None or not torch.equal(now, self.last)):
             self.found.append(trainer.global_step)
