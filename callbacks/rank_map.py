@@ -88,7 +88,7 @@ def draw(path: Path, title: str, ranks: Mapping[str, int]) -> Path:
             size = 8 if width / columns[stack] > 0.3 else 6
             for y, cells in enumerate(kinds.values()):
                 for x, rank in cells.items():
-                    dark = rank > 0.6 * highest
+                    dark = rank > 0.5 * highest
                     colour = "white" if dark else "#333333"
                     axes.text(x, y, str(rank), ha="center", va="center", fontsize=size, color=colour)
     if image is not None:
