@@ -156,13 +156,13 @@ def penalty(adapters: Iterable[AdaLoRALinear]) -> Tensor:
             if p.requires_grad:
                 for rows in (_whole(p).float().t(), _whole(q).float()):
                     found.setdefault(tuple(rows.shape), []).append(rows)
-    total = torch.zeros(())
+    parts: list[Tensor] = []
     for (rank, _), group in found.items():
         rows = torch.stack(group)
         with torch.autocast(rows.device.type, enabled=False):
             gap = rows @ rows.transpose(1, 2) - torch.eye(rank, device=rows.device)
-        total = total.to(rows.device) + gap.square().sum()
-    return total
+        parts.append(gap.square().sum())
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum() if parts else torch.zeros(())
 
 
 def _whole(parameter: Tensor) -> Tensor:
