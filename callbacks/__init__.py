@@ -9,6 +9,7 @@ _HOME = {
     "AdapterCheckpoint": "adapter_checkpoint",
     "AdapterMerge": "adapter_merge",
     "AdapterRestart": "adapter_restart",
+    "RankAllocator": "rank_allocator",
     "SampleAnswers": "sample_answers",
     "RunReport": "run_report",
     "Throughput": "throughput",

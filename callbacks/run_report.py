@@ -157,6 +157,9 @@ class RunReport(Callback):
         parts = [f"# {name}\n", _table(["", ""], [[key, value] for key, value in facts.items()])]
         if self.train or losses:
             parts.append("![loss and learning rate over the run](curves.png)\n")
+        for picture in sorted(folder.glob("*.png")):  # of other callbacks
+            if picture.name != "curves.png":
+                parts.append(f"![{picture.stem}]({picture.name})\n")
         if self.validation:
             parts.append("## Validation\n\n" + self._validation())
         for title, (columns, rows) in self._tables.items():

@@ -33,6 +33,8 @@ _HOME = {
     "EVA": "methods.eva",
     "LoRAPlus": "methods.loraplus",
     "QLoRA": "methods.qlora",
+    "AdaLoRA": "methods.adalora",
+    "AdaLoRAConfig": "methods.adalora",
     "BitFit": "methods.bitfit",
     "BitFitConfig": "methods.bitfit",
     "IA3": "methods.ia3",

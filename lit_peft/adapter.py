@@ -121,6 +121,11 @@ class Adapter(nn.Module):
             raise TypeError(f"{type(self).__name__} cannot be routed row by row. Use `adapters` for whole batches.")
         return tuple(name for name in choice if name in self.configs)
 
+    def chosen(self) -> tuple[str, ...]:
+        """Return the names that act in this very call on at least one row, in order."""
+        choice = acting(self.scope)
+        return tuple(name for name in (choice.names if isinstance(choice, Rows) else choice) if name in self.configs)
+
     def shares(self, x: Tensor) -> list[tuple[str, Tensor | None]]:
         """Return the names that act in this very call, each with the rows of x it acts on; None for all rows."""
         choice = acting(self.scope)
@@ -170,6 +175,14 @@ class Adapter(nn.Module):
         Raises:
             ValueError: if not.
         """
+
+    def shapes(self, tensors: Mapping[str, Tensor], name: str = "default") -> dict[str, tuple[int, ...]]:
+        """Return `{file key: shape}` that one named set can take, of those in `tensors`; as a rule what it has now."""
+        return {key: tuple(tensor.shape) for key, tensor in self.tensors(name).items()}
+
+    def settings(self, path: str, name: str = "default") -> dict[str, dict[str, Any]]:
+        """Return what `adapter_config.json` notes of this one layer, as entries of its dictionaries (rank_pattern)."""
+        return {}
 
     def load_tensors(self, tensors: Mapping[str, Tensor], name: str = "default") -> None:
         """Copy `{file key: tensor}` into one named set; the inverse of `tensors`.

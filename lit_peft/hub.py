@@ -169,16 +169,19 @@ def _part(
     tensors: dict[str, Tensor] = {}
     paths = []
     layers: dict[str, Mapping[str, Any]] = {}
+    config = dict(part)
     for path, adapter in owned(model, part["peft_type"], name):
         paths.append(bare(path))
         settings = getattr(type(adapter), "layer_settings", None)  # of the class: an instance would ask its base too
         if settings is not None:
             layers[bare(path)] = settings(adapter, name)
+        for key, entries in adapter.settings(bare(path), name).items():
+            config[key] = {**(config.get(key) or {}), **entries}
         for leaf, tensor in adapter.tensors(name).items():
             tensors[f"{PREFIX}{bare(path)}.{leaf}"] = _full(tensor)
     for path, tensor in declared.items():
         tensors[f"{PREFIX}{file_key(path, paths)}"] = _full(tensor)
-    config = {**part, **layer_settings(layers)}
+    config |= layer_settings(layers)
     config.pop(OWN, None)
     if paths:
         # A method of ours may keep the user's own words; what PEFT reads must name exactly the adapted layers.
@@ -319,13 +322,14 @@ def read(
         wrapped = {bare(path) for path, _ in holders}
         for path, adapter in holders:
             mine = {}
-            for leaf, target in adapter.tensors(name).items():
+            stored = {leaf: left[key] for leaf in adapter.tensors(name) if (key := f"{bare(path)}.{leaf}") in left}
+            for leaf, shape in adapter.shapes(stored, name).items():
                 key = f"{bare(path)}.{leaf}"
                 if key not in left:
                     raise ValueError(
                         f"{file} lacks {key!r}, for a layer that is adapted here. Is it another adapter's?"
                     )
-                mine[leaf] = _fit(file, key, target, left.pop(key))
+                mine[leaf] = _fit(file, key, shape, left.pop(key))
             adapter.check_tensors(mine, name)
             fitting.append((adapter, mine))
             copied = left.pop(f"{bare(path)}.base_layer.weight", None)  # PEFT repeats the tables that it adapts
@@ -333,7 +337,7 @@ def read(
                 check_same(file, bare(path), innermost(adapter).get_parameter("weight").detach(), copied)
         for path in [path for path in unfilled if file_key(path, wrapped) in left]:
             target = unfilled.pop(path)
-            in_place.append((target, _fit(file, path, target, left.pop(file_key(path, wrapped)))))
+            in_place.append((target, _fit(file, path, target.shape, left.pop(file_key(path, wrapped)))))
             if not copy and not torch.equal(target.cpu(), in_place[-1][1].to(target.dtype)):
                 raise ValueError(
                     f"{file} has another {path!r}, which all adapters share. Load it into a model of its own."
@@ -352,9 +356,9 @@ def read(
             target.copy_(tensor)
 
 
-def _fit(file: Path, key: str, target: Tensor, tensor: Tensor) -> Tensor:
-    if target.shape != tensor.shape:
-        shown = f"{tuple(tensor.shape)} in {file}, {tuple(target.shape)} in this model"
+def _fit(file: Path, key: str, shape: Sequence[int], tensor: Tensor) -> Tensor:
+    if tuple(tensor.shape) != tuple(shape):
+        shown = f"{tuple(tensor.shape)} in {file}, {tuple(shape)} in this model"
         raise ValueError(f"Shapes differ for {key!r}: {shown}. Is it an adapter of another base model?")
     return tensor
 

@@ -47,7 +47,7 @@ ROOMS = {
     "low_rank": "adapter structure targets weights ops selection combining",
     "methods": "adapter placing named sites structure targets weights low_rank hub rewriting mixin module callbacks "
     "ops combining",
-    "sets": "adapter named module hub catalogue",
+    "sets": "adapter named module hub targets catalogue",
     "tasks": "adapter module data backbone sites structure",
     "zoo": "methods tasks catalogue module",
     "saved": "hub catalogue",

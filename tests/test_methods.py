@@ -41,6 +41,10 @@ def mora_count(r: int, mora_type: int) -> Count:
     return lambda model: sum(size(linear) ** 2 for linear in linears(model).values())
 
 
+def svd_count(r: int) -> Count:
+    return lambda model: sum(r * (sum(widths(linear)) + 1) for linear in linears(model).values())
+
+
 def biases(model: nn.Module) -> int:
     """BitFit: every bias outside the new head; where there is none, one for every linear layer."""
     found = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias") and not n.startswith(HEADS))
@@ -102,6 +106,8 @@ CASES = [
         merges=False,
         base={"quantize": "nf4"},
     ),
+    # no ranks are dropped here, where runs differ in length; see test_adalora.py
+    Case("adalora", svd_count(4), {"adalora": {"init_r": 4, "target_r": 4}}),
     Case("bitfit", biases),
     Case("bitfit", biases, {"quantize": "nf4"}, merges=False, base={"quantize": "nf4"}),
     Case("ia3", ia3_count),

@@ -230,7 +230,7 @@ class MoRA(PEFT):
         )
         for path in paths:
             self.mora.size(innermost(self.model.get_submodule(path)), path)
-        join(self.model, dict.fromkeys(paths, self.mora), lambda base: self.adapter_class)
+        join(self.model, dict.fromkeys(paths, self.mora), lambda base: self.adapter_class, self.placing)
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take the settings from an adapter folder of ours, or of the PEFT fork that came with the paper.

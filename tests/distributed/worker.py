@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "eva": {"lora": {"r": 4}},
     "loraplus": {"lora": {"r": 4}},
     "qlora": {"lora": {"r": 4, "dropout": 0.0}, "dtype": "float32"},
+    "adalora": {"adalora": {"init_r": 4, "target_r": 2, "shrink": False}},
     "bitfit": {},
     "ia3": {},
     "freeze": {"freeze": {"last_layers": 1}},
