@@ -37,17 +37,24 @@ def merging(facts: Facts) -> str:
 def table(heads: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines).replace("| --- ", "|---").replace("---|\n", "---|\n")
+    return (
+        "".join(f"| {' | '.join(cells)} |\n" for cells in lines).replace("| --- ", "|---").replace("---|\n", "---|\n")
+    )
 
 
 def mark(supported: bool) -> str:
     """Return how a table says yes or no."""
-    return "yes" if supported else "–"
+    return "yes" if supported else "-"
 
 
 def short() -> str:
     """Return README's table: what each method does and what it supports."""
-    heads = ["`--method`", "what is trained", "merges", *(head for key, (head, _) in SUPPORT.items() if key != "merges")]
+    heads = [
+        "`--method`",
+        "what is trained",
+        "merges",
+        *(head for key, (head, _) in SUPPORT.items() if key != "merges"),
+    ]
     rows = []
     for name, facts in FACTS.items():
         marks = [mark(getattr(facts, key)) for key in SUPPORT if key != "merges"]
@@ -60,8 +67,8 @@ def details() -> str:
     heads = ["`--method`", "paper", "around", "trained weights of a layer", "settings", "learning rate", "file type"]
     rows = []
     for name, facts in FACTS.items():
-        paper = f"[{facts.paper.rpartition('/')[2]}]({facts.paper})" if facts.paper else "–"
-        settings = f"`{facts.keyword}`: `{facts.config.rpartition('.')[2]}`" if facts.keyword else "–"
+        paper = f"[{facts.paper.rpartition('/')[2]}]({facts.paper})" if facts.paper else "-"
+        settings = f"`{facts.keyword}`: `{facts.config.rpartition('.')[2]}`" if facts.keyword else "-"
         rate = f"{learning_rate(name):g}"
         rows.append([f"`{name}`", paper, facts.place, facts.trained, settings, rate, f"`{facts.peft_type}`"])
     return table(heads, rows)

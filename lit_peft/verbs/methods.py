@@ -109,8 +109,6 @@ def _one(console: Console, name: str) -> None:
     support = Table(box=None, show_header=False, pad_edge=False)
     for key, (head, meaning) in SUPPORT.items():
         itself = " (its weights are the model's own)" if key == "merges" and not facts.adapter else ""
-        support.add_row(
-            f"[bold]{head}", "[green]yes" if getattr(facts, key) else "[red]no", f"[dim]{meaning}{itself}"
-        )
+        support.add_row(f"[bold]{head}", "[green]yes" if getattr(facts, key) else "[red]no", f"[dim]{meaning}{itself}")
     console.print(support)
     console.print(f"\nlit-peft fit --method {name} --task sft --model.backbone MODEL --data.path FILE", style="dim")
