@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def test_merging_into_bf16_is_close(case: Case, kind: str, folders: Folders) -> 
     Both are computed in float32. In bf16 the products alone move these logits by up to 3e-2, merged or not.
     """
     task = "classification" if kind == "bert" else "sft"
-    module = build(case, folders(kind), task, dtype="bfloat16")
+    module = build(replace(case, settings={**case.settings, "dtype": "bfloat16"}), folders(kind), task)
     shake(module)
     if not case.merges:
         with pytest.raises(TypeError, match="cannot be merged"):

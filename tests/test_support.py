@@ -92,6 +92,7 @@ def test_base_in_four_bits(name: str, llama: Path) -> None:
             build(case, llama, "sft", **wanted)
         return
     module = build(case, llama, "sft", **{} if "quantize" in case.settings else wanted)
+    assert sum(p.dtype == torch.uint8 for p in module.model.parameters()) == 2 * 7  # type: ignore[union-attr]
     shake(module)
     found = gradients(module, batch("sft"))
     trained = {key for key, parameter in module.named_parameters() if parameter.requires_grad}
