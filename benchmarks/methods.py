@@ -206,9 +206,9 @@ def cells(row: dict[str, Any]) -> list[str]:
 LEGEND = (
     "*ratio*: median over pairs of steps on the same batch, taken in turns (A B B A); below 1, ours is faster. *peak*: "
     "the most that a step has allocated beyond the base's weights, adapters and optimizer state included. *saved*: "
-    "what the forward pass keeps for the backward pass. *trained*: weights; theirs in brackets where they differ. Both arms "
-    "are the same plain loop of forward, backward, AdamW, with adapters in float32. *frozen base*: nothing is trained, "
-    "and gradients go down to the output of the embeddings."
+    "what the forward pass keeps for the backward pass. *trained*: weights; theirs in brackets where they differ. Both "
+    "arms are the same plain loop of forward, backward, AdamW, with adapters in float32. *frozen base*: nothing is "
+    "trained, and gradients go down to the output of the embeddings."
 )
 
 
