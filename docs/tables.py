@@ -25,8 +25,8 @@ def imported(path: str) -> Any:
 
 def learning_rate(name: str) -> float:
     """Return the learning rate that a method takes where the user names none."""
-    facts = FACTS[name]
-    return float((imported(facts.config) if facts.config else imported(METHODS[name])).default_lr)
+    cls = imported(METHODS[name])
+    return float(cls.default_lr if hasattr(cls, "default_lr") else imported(FACTS[name].config).default_lr)
 
 
 def merging(facts: Facts) -> str:

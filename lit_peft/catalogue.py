@@ -93,7 +93,6 @@ FACTS: dict[str, Facts] = {
         merges=True,
         peft_type="LIT_BITFIT",
         paper="https://arxiv.org/abs/2106.10199",
-        rows=False,
     ),
     "freeze": Facts(
         title="the last layers as they are, the rest frozen",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tests.models import VOCAB, save_tiny
 from tests.test_methods import CASES, HEADS, Case, batch, build, outputs, same, shake
+from tests.tiny_adapted import shake as shake_gently
 
 DECODERS = ("llama", "gpt2", "t5")
 
@@ -104,7 +105,7 @@ def test_merging_into_bf16_is_close(case: Case, kind: str, folders: Folders) -> 
     """
     task = "classification" if kind == "bert" else "sft"
     module = build(replace(case, settings={**case.settings, "dtype": "bfloat16"}), folders(kind), task)
-    shake(module)
+    shake_gently(module, size=0.02)  # OLoRA's orthonormal start makes large changes of small ones
     if not case.merges:
         with pytest.raises(TypeError, match="cannot be merged"):
             module.merge_adapters()

@@ -22,8 +22,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def usual(method: str) -> float:
-    module, _, name = (FACTS[method].config or METHODS[method]).rpartition(".")
-    return float(getattr(import_module(f"lit_peft.{module}"), name).default_lr)
+    """The method's own, else that of its settings: several methods share LoRA's."""
+    own, settings = (import_class(path) for path in (METHODS[method], FACTS[method].config))
+    return float(own.default_lr if hasattr(own, "default_lr") else settings.default_lr)
+
+
+def import_class(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(f"lit_peft.{module}"), name) if path else None
 
 
 def groups(method: str, folder: Path, **more: Any) -> tuple[list[dict[str, Any]], list[str]]:
@@ -36,6 +42,11 @@ def groups(method: str, folder: Path, **more: Any) -> tuple[list[dict[str, Any]]
         found = module.parameter_groups()
     messages = [str(entry.message) for entry in caught]
     return found, [message for message in messages if re.search(r"\blr\b|learning rate", message)]
+
+
+@pytest.mark.parametrize("config", sorted({facts.config for facts in FACTS.values() if facts.config}))
+def test_every_config_has_one(config: str) -> None:
+    assert isinstance(import_class(config).default_lr, float)
 
 
 @pytest.mark.parametrize("method", METHODS)
