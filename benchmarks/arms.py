@@ -6,6 +6,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,8 +18,8 @@ from torch import Tensor, nn
 from benchmarks.bytes_held import bytes_of
 from lit_peft import backbone as backbones
 from lit_peft.adapter import named_adapters
-from lit_peft.catalogue import FACTS
-from lit_peft.zoo import compose
+from lit_peft.catalogue import FACTS, METHODS
+from lit_peft.tasks.task import Task
 
 LORA = {"r": 8, "alpha": 16, "dropout": 0.0}
 RATE = 1e-4
@@ -39,6 +41,23 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
 FLOOR = "frozen base"
 
 
+def own_loss(model: nn.Module, ids: Tensor) -> Tensor:
+    """Return the loss that a transformers model computes by itself."""
+    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss
+
+
+class Plain(Task):
+    """The task of all our arms: the model's own loss. What a method adds to a training step, it adds to this one."""
+
+    def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:
+        assert self.model is not None
+        return own_loss(self.model, ids)
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Keep silent: there is no Trainer."""
+
+
 @dataclass
 class Arm:
     """A model under training.
@@ -47,14 +66,14 @@ class Arm:
         model: what is called.
         base: bytes of the base's weights as they are stored.
         parameters: what is trained.
-        penalty: added to the loss.
+        loss: the loss of token ids (rows, length), all of which are learned.
         after: called with the number of the step when the optimizer has stepped.
     """
 
     model: nn.Module
     base: int
     parameters: list[nn.Parameter]
-    penalty: Callable[[], Tensor | float] = lambda: 0.0
+    loss: Callable[[Tensor], Tensor]
     after: Callable[[int], None] = lambda step: None
     steps: int = 0
     optimizer: torch.optim.Optimizer | None = field(init=False)
@@ -63,14 +82,9 @@ class Arm:
         self.model.train()
         self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE) if self.parameters else None
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Return the loss of token ids (rows, length), all of which are learned."""
-        loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
-        return loss + self.penalty()
-
     def step(self, ids: Tensor) -> None:
         """Train on one batch."""
-        self.forward(ids).backward()
+        self.loss(ids).backward()
         if self.optimizer is not None:
             self.optimizer.step()
         self.steps += 1
@@ -106,13 +120,14 @@ class Setting:
 def ours(method: str, setting: Setting) -> Arm:
     """Return the arm of our method, in its own settings or those of `LORA`."""
     lora = {"lora": LORA} if any(FACTS[part].keyword == "lora" for part in method.split("+")) else {}
-    module: Any = compose(method, "sft")(setting.backbone, dtype=setting.dtype, **lora)
+    parts = tuple(imported(METHODS[part]) for part in method.split("+"))
+    module: Any = type("Measured", (*parts, Plain), {})(setting.backbone, dtype=setting.dtype, **lora)
     module.configure_model()
     model = module.model.to(setting.device)
     added = [p for _, adapter in named_adapters(model) for _, p in adapter.own_parameters()]
     base = bytes_of([*model.parameters(), *model.buffers()]) - bytes_of(added)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    arm = Arm(model, base, parameters, penalty=getattr(module, "penalty", lambda: 0.0))
+    arm = Arm(model, base, parameters, lambda ids: module.training_step(ids, 0))  # type: ignore[no-any-return]
     arm.after = _callbacks(module, arm, setting)
     return arm
 
@@ -176,7 +191,8 @@ def theirs(method: str, setting: Setting) -> tuple[str, Arm]:
     after: Callable[[int], None] = lambda step: None  # noqa: E731
     if method == "adalora":  # its loss brings the orthogonality by itself
         after = wrapped.base_model.update_and_allocate
-    return name, Arm(wrapped, base, [p for p in wrapped.parameters() if p.requires_grad], after=after)
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    return name, Arm(wrapped, base, trained, partial(own_loss, wrapped), after)
 
 
 def _config(method: str, setting: Setting, settings: dict[str, Any]) -> Any:
@@ -187,24 +203,24 @@ def _config(method: str, setting: Setting, settings: dict[str, Any]) -> Any:
         return peft.IA3Config(**known)
     known["target_modules"] = "all-linear"
     if method == "adalora":
-        mine = asdict(_default(method))
+        mine = asdict(imported(FACTS[method].config)())
         for key in ("init_r", "target_r", "deltaT", "beta1", "beta2"):
             if mine.get(key) is not None:
                 known[key] = mine[key]
+        known["orth_reg_weight"] = mine["orth_reg_weight"]
         tenths = {"tinit": setting.total // 10, "tfinal": int(setting.total * 0.4), "total_step": setting.total}
         return peft.AdaLoraConfig(lora_alpha=mine["alpha"], lora_dropout=0.0, **known, **tenths)
     return peft.LoraConfig(r=LORA["r"], lora_alpha=LORA["alpha"], lora_dropout=0.0, **known, **settings)
 
 
-def _default(method: str) -> Any:
-    from importlib import import_module
-
-    module, _, name = FACTS[method].config.rpartition(".")
-    return getattr(import_module(f"lit_peft.{module}"), name)()
+def imported(path: str) -> Any:
+    """Return a class of the package by its path in the catalogue."""
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(f"lit_peft.{module}"), name)
 
 
 def floor(setting: Setting) -> Arm:
     """Return the arm that trains nothing: forward, and backward down to the output of the embeddings."""
     model: Any = setting.load().requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
-    return Arm(model, bytes_of([*model.parameters(), *model.buffers()]), [])
+    return Arm(model, bytes_of([*model.parameters(), *model.buffers()]), [], partial(own_loss, model))

@@ -98,7 +98,7 @@ def memory(arm: Arm, ids: Tensor) -> dict[str, int]:
     """Return the bytes that a step needs; the optimizer's state exists already."""
     saved = Saved([*arm.model.parameters(), *arm.model.buffers()])
     with saved.recorded():
-        loss = arm.forward(ids)
+        loss = arm.loss(ids)
     found = {"saved": saved.bytes, "held": arm.held()}
     del loss, saved
     found["peak"] = found["held"] + peak_of(lambda: arm.step(ids), ids.device)
