@@ -238,8 +238,9 @@ def show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    shown = (0, 1, 3, 5, 6, 7, 9, 10, 11)
+    shown = (0, 1, 3, 5, 6, 7, 9, 10, 11) if console.width >= 110 else (0, 1, 5, 6, 9)
     for index in shown:
         table.add_column(HEADS[index], justify="left" if index < 2 else "right")
     for row in report["rows_of_table"]:
@@ -248,7 +249,7 @@ def show(report: dict[str, Any]) -> None:
             table.add_row(row["method"], f"[red]{row['error'][:60]}")
         else:
             table.add_row(*(line[index] for index in shown))
-    Console(highlight=False).print(table)
+    console.print(table)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -269,7 +270,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     batches = Batches(args.backbone, args.data, args.rows, args.tokens, device)
-    setting = Setting(args.backbone, args.dtype, device, total=args.steps + WARM_UP + 1)
+    setting = Setting(args.backbone, args.dtype, device, total=args.steps + WARM_UP + 2)  # two for the memory
     given = sys.argv[1:] if arguments is None else arguments
     rows = []
     for method in methods:

@@ -86,7 +86,7 @@ def test_a_failing_arm_is_a_row(place: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("method", sorted(arms.PEERS.keys() & METHODS.keys()))
 def test_both_arms_train_and_are_alike(method: str, place: Path) -> None:
-    setting = arms.Setting(str(place / "model"), "float32", CPU, total=4)
+    setting = arms.Setting(str(place / "model"), "float32", CPU, total=6)
     torch.manual_seed(0)
     mine, (name, other) = arms.ours(method, setting), arms.theirs(method, setting)
     assert name == arms.PEERS[method][0]
@@ -108,6 +108,12 @@ def test_peak_and_saved_bytes_of_known_steps() -> None:
         torch.empty(1200, 1000)
 
     assert peak_of(step, CPU) == 1500 * 1000 * 4
+    kept = [torch.empty(1000, 1000)]
+
+    def replace() -> None:
+        kept[:] = [torch.empty(1000, 1000)]  # the old one goes when the new one is there
+
+    assert peak_of(replace, CPU) == 1000 * 1000 * 4
     linear, x = nn.Linear(256, 512), torch.randn(64, 256)
     saved = Saved(linear.parameters())
     with saved.recorded():
