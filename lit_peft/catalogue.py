@@ -43,6 +43,11 @@ class Facts(NamedTuple):
         merges: whether it can be folded into plain weights (what is trained in place already is).
         peft_type: its name in `adapter_config.json`; without `LIT_`: HF PEFT reads the folder.
         paper: where it comes from.
+        ddp: whether two DDP processes give one process's losses.
+        fsdp2: whether two FSDP2 processes do.
+        four_bit: whether it works on a base whose linear layers are held in 4 bits.
+        rows: whether the rows of one batch can be routed to different named sets.
+        sets: whether one base can hold several named sets of it.
     """
 
     title: str
@@ -54,6 +59,16 @@ class Facts(NamedTuple):
     merges: bool
     peft_type: str
     paper: str
+    ddp: bool = True
+    fsdp2: bool = True
+    four_bit: bool = True
+    rows: bool = True
+    sets: bool = True
+
+    @property
+    def peft(self) -> bool:
+        """Whether HF PEFT has the method and reads its folders."""
+        return not self.peft_type.startswith("LIT_")
 
 
 FACTS: dict[str, Facts] = {
@@ -221,6 +236,9 @@ FACTS: dict[str, Facts] = {
         merges=True,
         peft_type="LIT_FREEZE",
         paper="https://arxiv.org/abs/1911.03090",
+        four_bit=False,
+        rows=False,
+        sets=False,
     ),
     "full": Facts(
         title="every weight: the baseline",
@@ -232,5 +250,8 @@ FACTS: dict[str, Facts] = {
         merges=True,
         peft_type="LIT_FULL",
         paper="",
+        four_bit=False,
+        rows=False,
+        sets=False,
     ),
 }
