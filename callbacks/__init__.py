@@ -8,11 +8,14 @@ _HOME = {
     "AdapterFreeze": "adapter_freeze",
     "AdapterCheckpoint": "adapter_checkpoint",
     "AdapterMerge": "adapter_merge",
+    "AdapterRestart": "adapter_restart",
+    "RankAllocator": "rank_allocator",
     "SampleAnswers": "sample_answers",
     "RunReport": "run_report",
     "Throughput": "throughput",
     "AnswerWriter": "answer_writer",
     "RunProgress": "run_progress",
+    "EVACalibration": "eva_calibration",
     "GracefulStop": "graceful_stop",
 }
 __all__ = list(_HOME)

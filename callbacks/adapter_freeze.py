@@ -50,7 +50,10 @@ class AdapterFreeze(AdapterCallback):
         assert model is not None
         own = {id(parameter) for _, adapter in named_adapters(model) for _, parameter in adapter.trained_parameters()}
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(id(parameter) in own or module.is_trainable(name, parameter))
+            trains = id(parameter) in own or module.is_trainable(name, parameter)
+            if trains:
+                _check_real(name, parameter)
+            parameter.requires_grad_(trains)
         if self.thaw_epoch is None:
             return
         if trainer is not None and isinstance(trainer.strategy, ModelParallelStrategy):
@@ -60,6 +63,9 @@ class AdapterFreeze(AdapterCallback):
         ]
         if not self._names:
             raise ValueError(f"thaw_modules {self.thaw_modules.pattern!r} matches no frozen parameter of this model.")
+        for name, parameter in model.named_parameters():
+            if name in set(self._names):
+                _check_real(name, parameter)
         remember(model, ((name, p) for name, p in model.named_parameters() if name in set(self._names)))
         # The optimizer gets them as a group of its own from the start: without gradients it leaves them alone, and
         # schedulers and resumed runs see the same groups before and after the thaw.
@@ -98,3 +104,11 @@ class AdapterFreeze(AdapterCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Forget the thaw on purpose: `on_train_start` does it again on the fresh model."""
         self.thawed = False
+
+
+def _check_real(name: str, parameter: torch.nn.Parameter) -> None:
+    if not parameter.is_floating_point():
+        raise TypeError(
+            f"{name.rpartition('.')[0]} is stored in four bits and cannot be trained in place. Set quantize='none', or "
+            "use a method that leaves the base frozen (lora, bitfit)."
+        )

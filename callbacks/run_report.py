@@ -21,6 +21,7 @@ from lit_peft import __version__
 from lit_peft.callbacks.checkpoint_io import write_atomically
 from lit_peft.callbacks.curves import draw
 from lit_peft.callbacks.throughput import Throughput, peak_memory
+from lit_peft.weights import count
 
 POINTS = 4000  # kept for the curves; a longer run keeps every second, fourth, ... step
 FETCH = 100  # losses stay on the device this long, so that no step waits for it
@@ -156,6 +157,9 @@ class RunReport(Callback):
         parts = [f"# {name}\n", _table(["", ""], [[key, value] for key, value in facts.items()])]
         if self.train or losses:
             parts.append("![loss and learning rate over the run](curves.png)\n")
+        for picture in sorted(folder.glob("*.png")):  # of other callbacks
+            if picture.name != "curves.png":
+                parts.append(f"![{picture.stem}]({picture.name})\n")
         if self.validation:
             parts.append("## Validation\n\n" + self._validation())
         for title, (columns, rows) in self._tables.items():
@@ -212,8 +216,7 @@ class RunReport(Callback):
 
     def _sizes(self, trainer: Trainer, module: LightningModule) -> dict[str, str]:
         speed = next((callback for callback in trainer.callbacks if isinstance(callback, Throughput)), None)  # type: ignore[attr-defined]
-        total = sum(p.numel() for p in module.parameters())
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        total, trained = count(module), count(module, trained=True)
         facts = {"trained": f"{trained:,} of {total:,} weights ({100 * trained / max(1, total):.3g} %)"}
         if speed is not None:
             speed.settle()

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lit_peft.weights import count
+
 
 class Throughput(Callback):
     """Show tokens per second, peak memory and the trainable share in the progress bar, and keep them for reports.
@@ -60,9 +62,7 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the weights and start the clock."""
-        sizes = [(p.numel(), p.requires_grad) for p in pl_module.parameters()]
-        self.total = sum(size for size, _ in sizes)
-        self.trainable = sum(size for size, trained in sizes if trained)
+        self.total, self.trainable = count(pl_module), count(pl_module, trained=True)
         self._waiting, self._shown = 0, {}
         self._processes = trainer.world_size
         self._last = (self.tokens, self.seconds)

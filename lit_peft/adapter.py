@@ -6,15 +6,15 @@ of them act is chosen by the *call* (see `named`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_peft.selection import Rows, Scope, acting
-
-Where = Iterable[str] | Mapping[str, Any] | Callable[[str, nn.Module], bool]
 
 
 class Adapter(nn.Module):
@@ -28,6 +28,7 @@ class Adapter(nn.Module):
         base: the adapted module.
         configs: the configuration of each named set.
         frozen: beginnings of the names of own parameters that are saved but never trained.
+        restarts: how often the base's weight has been rewritten by `restart`.
 
     Args:
         base: the module to adapt; it stays frozen and is only ever called.
@@ -44,8 +45,9 @@ class Adapter(nn.Module):
     """
 
     is_adapter: ClassVar[bool] = True
-    peft_type: Any = ""  # the kind of folder that holds its weights; empty: it has none
+    peft_type: ClassVar[Any] = ""  # the kind of folder that holds its weights; empty: it has none
     frozen: ClassVar[tuple[str, ...]] = ()
+    restarts: int = 0
 
     def __init__(self, base: nn.Module, config: Any, name: str = "default") -> None:
         super().__init__()
@@ -58,21 +60,47 @@ class Adapter(nn.Module):
         """Make the parameters of another named set; subclasses extend this.
 
         Raises:
-            ValueError: if the name is taken.
+            ValueError: if the name is taken, or cannot be one.
         """
+        check_name(name)
         if name in self.configs:
-            raise _taken(name)
+            raise taken(name)
         self.configs[name] = config
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the base on x (batch, ..., in) and let every set that acts change its output (batch, ..., out)."""
         y = self.base(x, *args, **kwargs)
-        for name, rows in self.shares(x):
-            if rows is None:
+        choice = acting(self.scope)
+        if isinstance(choice, Rows):
+            return self._routed(choice, x, y)
+        for name in choice:
+            if name in self.configs:
                 y = self.change(name, x, y)
-            else:
-                y = y.index_copy(0, rows, self.change(name, x[rows], y[rows]).to(y.dtype))
         return y
+
+    def _routed(self, choice: Rows, x: Tensor, y: Tensor) -> Tensor:
+        """Let every set change its own rows of y: sorted by set first, so that each works on one slice.
+
+        That is two copies of y however many sets there are, and none where the rows come sorted.
+        """
+        if not any(name in self.configs for name in choice.names) and not _together(self):
+            return y
+        groups, order = choice.grouped(x, y)
+        if order is not None:
+            x, y = x.index_select(0, order), y.index_select(0, order)
+        pieces, start = [], 0
+        for names, number in groups:
+            taken, piece = x.narrow(0, start, number), y.narrow(0, start, number)
+            for name in names:
+                if name in self.configs:
+                    piece = self.change(name, taken, piece).to(y.dtype)
+            pieces.append(piece)
+            start += number
+        if _together(self):
+            absent = [name for name in self.configs if name not in choice.names]
+            pieces += [self.change(name, x[:0], y[:0]).to(y.dtype) for name in absent]
+        y = torch.cat(pieces)
+        return y if order is None else y.index_select(0, order.argsort())
 
     def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return what one named set makes of the base's output y for the input x, without changing either.
@@ -93,14 +121,17 @@ class Adapter(nn.Module):
             raise TypeError(f"{type(self).__name__} cannot be routed row by row. Use `adapters` for whole batches.")
         return tuple(name for name in choice if name in self.configs)
 
+    def chosen(self) -> tuple[str, ...]:
+        """Return the names that act in this very call on at least one row, in order."""
+        choice = acting(self.scope)
+        return tuple(name for name in (choice.names if isinstance(choice, Rows) else choice) if name in self.configs)
+
     def shares(self, x: Tensor) -> list[tuple[str, Tensor | None]]:
         """Return the names that act in this very call, each with the rows of x it acts on; None for all rows."""
         choice = acting(self.scope)
         if not isinstance(choice, Rows):
             return [(name, None) for name in choice if name in self.configs]
-        # With several processes every set takes part, if need be with no row: DDP waits for a gradient from each.
-        together = self.training and dist.is_available() and dist.is_initialized()
-        names = self.configs if together else [name for name in choice.names if name in self.configs]
+        names = self.configs if _together(self) else [name for name in choice.names if name in self.configs]
         return [(name, choice.of(name, x)) for name in names]
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -110,9 +141,11 @@ class Adapter(nn.Module):
                 yield key, parameter
 
     def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the own parameters that training changes: all but the `frozen` ones."""
+        """Yield the own parameters that training changes: all but the `frozen` ones and those of sets at rest."""
+        trained = self.scope.trained
         for key, parameter in self.own_parameters():
-            if not key.startswith(self.frozen):
+            names = [piece for piece in key.split(".")[1:] if piece in self.configs]  # weights shared by all sets: none
+            if not key.startswith(self.frozen) and (trained is None or not names or names[-1] in trained):
                 yield key, parameter
 
     def remove(self, name: str) -> None:
@@ -136,6 +169,21 @@ class Adapter(nn.Module):
             if key.endswith(f".{name}")
         }
 
+    def check_tensors(self, tensors: Mapping[str, Tensor], name: str = "default") -> None:
+        """See that tensors of the right shapes are ones that this adapter can hold; most hold any.
+
+        Raises:
+            ValueError: if not.
+        """
+
+    def shapes(self, tensors: Mapping[str, Tensor], name: str = "default") -> dict[str, tuple[int, ...]]:
+        """Return `{file key: shape}` that one named set can take, of those in `tensors`; as a rule what it has now."""
+        return {key: tuple(tensor.shape) for key, tensor in self.tensors(name).items()}
+
+    def settings(self, path: str, name: str = "default") -> dict[str, dict[str, Any]]:
+        """Return what `adapter_config.json` notes of this one layer, as entries of its dictionaries (rank_pattern)."""
+        return {}
+
     def load_tensors(self, tensors: Mapping[str, Tensor], name: str = "default") -> None:
         """Copy `{file key: tensor}` into one named set; the inverse of `tensors`.
 
@@ -151,6 +199,24 @@ class Adapter(nn.Module):
                 raise ValueError(f"Shapes differ for {key!r}: {shapes}. Is it an adapter of another base model?")
             target.copy_(tensors[key])
 
+    def combined(
+        self, names: Sequence[str], weights: Sequence[float], how: str, **options: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Return configuration and tensors (named as in `tensors`) of a weighted combination of some sets.
+
+        Args:
+            names: the sets, all of them in this adapter.
+            weights: one for each.
+            how: the rule, as for `combine_adapters`.
+            **options: `rank`, `density`, `generator`, and `absent`, the weight of sets that are not in this adapter.
+
+        Raises:
+            TypeError: if the method has no such rule.
+        """
+        kind = type(self).__name__
+        together = ", ".join(map(repr, names))
+        raise TypeError(f"{how} is not defined for {kind}. Let its sets act together: adapters(model, {together}).")
+
     def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
         """Fold the named sets (default: the active ones) into the base and return it.
 
@@ -158,6 +224,18 @@ class Adapter(nn.Module):
             TypeError: if the method cannot be folded.
         """
         raise TypeError(f"{type(self).__name__} cannot be merged into its base. Save the adapter instead of merging.")
+
+    def restart(self, name: str, seed: int) -> None:
+        """Fold one named set into the base's weight, in place, and bring the set back to a start that changes nothing.
+
+        Args:
+            name: which set.
+            seed: for starting values that are random.
+
+        Raises:
+            TypeError: if the method cannot be restarted.
+        """
+        raise TypeError(f"{type(self).__name__} cannot be restarted. Use --method relora or remora.")
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -187,94 +265,21 @@ def adapter_names(model: nn.Module) -> list[str]:
     return sorted({name for _, adapter in named_adapters(model) for name in adapter.configs})
 
 
-def place(model: nn.Module, where: Where, make: Callable[..., Adapter]) -> list[str]:
-    """Swap every matching module of a model for an adapter around it.
-
-    Works on any `nn.Module`, with or without a Trainer. A module that sits at several paths (a tied embedding) gets one
-    adapter, which then sits at all of them.
-
-    Args:
-        model: the model to change, in place.
-        where: module paths, or a predicate over (path, module), or `{path: config}`.
-        make: builds the adapter around one module, such as `lambda base: LoRALinear(base, LoRAConfig())`; with
-            `{path: config}` it is called with the base and the config.
-
-    Returns:
-        The paths that were adapted.
-
-    Raises:
-        ValueError: if a path does not exist or nothing matches.
-
-    Example:
-        >>> import torch
-        >>> from lit_peft import LoRAConfig, place
-        >>> from lit_peft.methods.lora import LoRALinear
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
-        >>> place(model, ["0", "2"], lambda base: LoRALinear(base, LoRAConfig(r=2)))
-        ['0', '2']
-    """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if callable(where):
-        paths = [path for path, module in modules.items() if path and where(path, module)]
-    else:
-        paths = list(where)
-    if not paths:
-        raise ValueError("Nothing to adapt: no module matched. Check the method's targets.")
-    unknown = [path for path in paths if path not in modules]
-    if unknown:
-        raise ValueError(f"No module at {unknown[0]!r} in {type(model).__name__}.")
-    scope = scope_of(model)
-    made: dict[int, Adapter] = {}
-    for path in paths:
-        base = modules[path]
-        adapter = made.get(id(base))
-        if adapter is None:
-            adapter = make(base, where[path]) if isinstance(where, Mapping) else make(base)
-            made[id(base)] = adapter
-            adapter.scope = scope
-            adapter.train(base.training)
-            # The parent is looked up afresh: an adapter placed a moment ago may have become the parent.
-            for alias in [alias for alias, module in modules.items() if module is base]:
-                model.set_submodule(alias, adapter)
-    return paths
+def check_name(name: str) -> None:
+    """Raise a ValueError unless a set of weights can have this name."""
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ParameterDict, name):
+        raise ValueError(
+            f"{name!r} cannot be the name of an adapter. Use letters, digits, _ and -, and no method of a dict."
+        )
 
 
-def join(
-    model: nn.Module, where: Mapping[str, Any], kind: Callable[[nn.Module], type[Adapter]], name: str = "default"
-) -> list[str]:
-    """Give the modules at some paths one more named set each, in an adapter that stands there or in a new one.
-
-    Args:
-        model: the model to change, in place.
-        where: `{path: config}`.
-        kind: tells the adapter's class from the innermost module at a path.
-        name: the set's name.
-
-    Returns:
-        The paths.
-
-    Raises:
-        ValueError: if the name is taken at one of them, or a path does not exist. Nothing is changed then.
-    """
-    standing: dict[str, Adapter] = {}
-    for path in where:
-        module = model.get_submodule(path)
-        wanted = kind(innermost(module))
-        while isinstance(module, Adapter):
-            if type(module) is wanted:
-                standing[path] = module
-                if name in module.configs:
-                    raise _taken(name)
-            module = module.base
-    fresh = {path: config for path, config in where.items() if path not in standing}
-    if fresh:
-        place(model, fresh, lambda base, config: kind(innermost(base))(base, config, name))
-    for path, adapter in standing.items():
-        adapter.add(name, where[path])
-    return list(where)
+def _together(adapter: Adapter) -> bool:
+    # With several processes every set takes part, if need be with no row: DDP waits for a gradient from each.
+    return adapter.training and dist.is_available() and dist.is_initialized()
 
 
-def _taken(name: str) -> ValueError:
+def taken(name: str) -> ValueError:
+    """Return the error for a name that is in use."""
     return ValueError(f"This model already has an adapter named {name!r}. Choose another name, or delete it first.")
 
 
@@ -314,9 +319,12 @@ def merge(model: nn.Module, names: tuple[str, ...] | None = None) -> nn.Module:
         names: which sets to fold; default: those that act.
 
     Raises:
-        TypeError: if a method cannot be folded.
+        TypeError: if a method cannot be folded, or the base is quantised.
     """
     found = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, Adapter)]
+    reasons = [why for _, adapter in found if (why := getattr(type(innermost(adapter)), "unmergeable", ""))]
+    if reasons:  # here, not in the first layer that cannot: nothing may be half merged
+        raise TypeError(reasons[0])
     folded: dict[int, nn.Module] = {}
     for path, adapter in reversed(found):  # inner ones first; one at several paths (tied) is folded once
         if id(adapter) not in folded:

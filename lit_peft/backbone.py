@@ -74,6 +74,8 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     use_safetensors: bool = True,
+    quantize: str | None = None,
+    double_quant: bool = True,
     **options: Any,
 ) -> PreTrainedModel:
     """The pretrained model called `name`, in eval mode.
@@ -86,6 +88,8 @@ def load_model(
         attn_implementation: "eager", "sdpa", "flash_attention_2", ...; None lets transformers choose.
         trust_remote_code: Run Python code from the model's repository. Off unless asked.
         use_safetensors: False also allows pickled weights.
+        quantize: "nf4" reads the linear layers into four bits, one weight after the other.
+        double_quant: With `quantize`: store the blocks' scales in 8 bits too.
         options: Passed to `from_pretrained`, such as `num_labels` or `device_map`.
 
     Raises:
@@ -101,6 +105,8 @@ def load_model(
         auto = auto_class(load_config(name, revision=revision, trust_remote_code=trust_remote_code), "lm")
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if quantize is not None:
+        options["quantization_config"] = _reader(name, revision, trust_remote_code, quantize, double_quant)
     folder = resolve(name)
     try:
         model, report = auto.from_pretrained(
@@ -118,6 +124,17 @@ def load_model(
     # in __dict__: a note for tasks (a new head starts from nothing and must be trained), no part of the model
     model.__dict__["new_weights"] = frozenset(report["missing_keys"])
     return model.eval()
+
+
+def _reader(name: str | Path, revision: str | None, trust: bool, quantize: str, double_quant: bool) -> Any:
+    from lit_peft.quantised.model import NF4  # not above: most runs need no bitsandbytes
+
+    if quantize != "nf4":
+        raise ValueError(f"quantize is {quantize!r}; it must be 'nf4' or None.")
+    config = load_config(name, revision=revision, trust_remote_code=trust)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{str(name)!r} is quantised already. Leave quantize out, or name the unquantised model.")
+    return NF4(double_quant)
 
 
 def load_tokenizer(

@@ -20,17 +20,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_peft import __version__
-from lit_peft.adapter import Adapter, named_adapters
-from lit_peft.targets import KEYS, shortest_targets
+from lit_peft.adapter import Adapter, innermost, named_adapters
+from lit_peft.forks import kind_of, renamed
+from lit_peft.targets import KEYS, OWN, bare, file_key, layer_settings, shortest_targets
+from lit_peft.tensor_files import check_same, load_tensors, repeats, shapes
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 META = "lit_peft.json"
+VERSION = "lit_peft_format"  # in the configuration of methods of our own
+FORMAT = 1
 PREFIX = "base_model.model."
 
 # Writing --------------------------------------------------------------------------------------------------------------
@@ -55,7 +59,8 @@ def write(
         folder: where to write. It appears as a whole, only when everything is written; an adapter that lit_peft wrote
             there before is replaced.
         model: the adapted model.
-        parts: each method's part of `adapter_config.json`; the `peft_type` says which adapters it owns.
+        parts: each method's part of `adapter_config.json`; the `peft_type` says which adapters it owns. What it keeps
+            under `lit_peft`, words that PEFT lacks, goes to `lit_peft.json` and comes back from there.
         declared: existing weights that were trained in place, by path in the model.
         base: `name`, `revision` and `sha` of the base model.
         task_type: PEFT's `CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, ...
@@ -80,7 +85,7 @@ def write(
     stacked = len(parts) > 1
     # One folder carries the weights that were trained in place: in a stack, that of the method that trains in place
     # (it places no adapters), else (a task's head) one that HF PEFT reads.
-    in_place = [kind for kind in kinds if not _owned(model, kind)]
+    in_place = [kind for kind in kinds if not owned(model, kind, name)]
     carrier = [*in_place, *(kind for kind in kinds if not kind.startswith("LIT_")), *kinds][0]
     files: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
     for kind, part in zip(kinds, parts, strict=True):
@@ -91,6 +96,8 @@ def write(
             "revision": base.get("revision"),
             "inference_mode": True,
         }
+        if kind.startswith("LIT_"):
+            config[VERSION] = FORMAT
         files[_short(kind) if stacked else ""] = config, tensors
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         return folder
@@ -98,6 +105,9 @@ def write(
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         meta = {**(notes or {}), "lit_peft_version": __version__, "base": dict(base)}
+        own = {kind: part[OWN] for kind, part in zip(kinds, parts, strict=True) if part.get(OWN)}
+        if own:
+            meta["settings"] = own
         if stacked:
             meta["stack"] = list(files)
         for part_name, (config, tensors) in files.items():
@@ -158,18 +168,26 @@ def _part(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     paths = []
-    for path, adapter in _owned(model, part["peft_type"]):
+    layers: dict[str, Mapping[str, Any]] = {}
+    config = dict(part)
+    for path, adapter in owned(model, part["peft_type"], name):
         paths.append(bare(path))
+        settings = getattr(type(adapter), "layer_settings", None)  # of the class: an instance would ask its base too
+        if settings is not None:
+            layers[bare(path)] = settings(adapter, name)
+        for key, entries in adapter.settings(bare(path), name).items():
+            config[key] = {**(config.get(key) or {}), **entries}
         for leaf, tensor in adapter.tensors(name).items():
             tensors[f"{PREFIX}{bare(path)}.{leaf}"] = _full(tensor)
     for path, tensor in declared.items():
-        tensors[f"{PREFIX}{bare(path)}"] = _full(tensor)
-    config = dict(part)
+        tensors[f"{PREFIX}{file_key(path, paths)}"] = _full(tensor)
+    config |= layer_settings(layers)
+    config.pop(OWN, None)
     if paths:
         # A method of ours may keep the user's own words; what PEFT reads must name exactly the adapted layers.
         config.setdefault("target_modules", shortest_targets(paths, [bare(path) for path, _ in model.named_modules()]))
     if paths and declared:
-        config["modules_to_save"] = _whole_modules(model, declared)
+        config["modules_to_save"] = _whole_modules(model, declared) or None
     # One copy each: safetensors refuses tensors that share memory (tied weights are trained and saved once).
     return config, {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
 
@@ -187,13 +205,9 @@ def _whole_modules(model: nn.Module, declared: Mapping[str, Tensor]) -> list[str
     return sorted(bare(path) for path in whole if path.rpartition(".")[0] not in whole)
 
 
-def bare(path: str) -> str:
-    """Drop what adapters add to a path: the saved name is the module's name in the plain model."""
-    return ".".join(piece for piece in path.split(".") if piece != "base")
-
-
-def _owned(model: nn.Module, peft_type: str) -> list[tuple[str, Adapter]]:
-    return [(path, a) for path, a in named_adapters(model) if a.peft_type == peft_type]
+def owned(model: nn.Module, peft_type: str, name: str) -> list[tuple[str, Adapter]]:
+    """Return the adapters of one kind that hold a named set, with their paths."""
+    return [(path, a) for path, a in named_adapters(model) if a.peft_type == peft_type and name in a.configs]
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -207,11 +221,18 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
         ValueError: if a file cannot be read.
     """
     configs = []
+    own = read_meta(folder).get("settings", {})
     for part in part_folders(folder):
         config = _read_json(part / CONFIG)
         if not config.get("peft_type"):
             raise ValueError(f"{part / CONFIG} has no peft_type, so the method is not known. Add it to the file.")
-        configs.append({**config, KEYS: [_plain(key, part) for key in shapes(part / WEIGHTS)]})
+        version = config.pop(VERSION, 1)
+        if version != FORMAT:
+            raise ValueError(
+                f"{part} has format {version!r}, and this lit_peft reads {FORMAT}. Update it: pip install -U."
+            )
+        keys = [_plain(key, part) for key in shapes(part / WEIGHTS)]
+        configs.append({**config, KEYS: keys, OWN: own.get(config["peft_type"])})
     return configs
 
 
@@ -265,6 +286,7 @@ def read(
     base: Mapping[str, Any],
     name: str = "default",
     kinds: Iterable[str] = (),
+    copy: bool = True,
 ) -> None:
     """Copy a saved adapter's weights into a model that has its adapters placed; all of them, or none.
 
@@ -275,14 +297,15 @@ def read(
         base: `name` and `sha` of this model's base, to compare with the folder's; empty: not compared.
         name: which named set to fill.
         kinds: the `peft_type` of every method on this model, for those that place no adapters.
+        copy: fill the declared weights too; otherwise they must be the same already (all named sets share them).
 
     Raises:
         ValueError: if the base, the methods, the layers, the keys or the shapes do not fit.
     """
     check_base(folder, base)
-    here = {*kinds, *(adapter.peft_type for _, adapter in named_adapters(model))} - {""}
+    here = {*kinds, *(a.peft_type for _, a in named_adapters(model) if name in a.configs)} - {""}
     configs = read_configs(folder)
-    found = {config["peft_type"] for config in configs}
+    found = {kind_of(config) for config in configs}
     if found != here:
         raise ValueError(
             f"{folder} holds {' + '.join(sorted(found))}, but this model has {' + '.join(sorted(here))}. "
@@ -293,26 +316,38 @@ def read(
     in_place: list[tuple[Tensor, Tensor]] = []
     for part, config in zip(part_folders(folder), configs, strict=True):
         file = part / WEIGHTS
-        left = {_plain(key, part): tensor for key, tensor in load_tensors(file).items()}
-        for path, adapter in _owned(model, config["peft_type"]):
+        left = renamed(config, {_plain(key, part): tensor for key, tensor in load_tensors(file).items()})
+        left = {key: tensor for key, tensor in left.items() if not repeats(key, left)}
+        holders = owned(model, kind_of(config), name)
+        wrapped = {bare(path) for path, _ in holders}
+        for path, adapter in holders:
             mine = {}
-            for leaf, target in adapter.tensors(name).items():
+            stored = {leaf: left[key] for leaf in adapter.tensors(name) if (key := f"{bare(path)}.{leaf}") in left}
+            for leaf, shape in adapter.shapes(stored, name).items():
                 key = f"{bare(path)}.{leaf}"
                 if key not in left:
                     raise ValueError(
                         f"{file} lacks {key!r}, for a layer that is adapted here. Is it another adapter's?"
                     )
-                mine[leaf] = _fit(file, key, target, left.pop(key))
+                mine[leaf] = _fit(file, key, shape, left.pop(key))
+            adapter.check_tensors(mine, name)
             fitting.append((adapter, mine))
-        for path in [path for path in unfilled if bare(path) in left]:
+            copied = left.pop(f"{bare(path)}.base_layer.weight", None)  # PEFT repeats the tables that it adapts
+            if copied is not None:
+                check_same(file, bare(path), innermost(adapter).get_parameter("weight").detach(), copied)
+        for path in [path for path in unfilled if file_key(path, wrapped) in left]:
             target = unfilled.pop(path)
-            in_place.append((target, _fit(file, path, target, left.pop(bare(path)))))
+            in_place.append((target, _fit(file, path, target.shape, left.pop(file_key(path, wrapped)))))
+            if not copy and not torch.equal(target.cpu(), in_place[-1][1].to(target.dtype)):
+                raise ValueError(
+                    f"{file} has another {path!r}, which all adapters share. Load it into a model of its own."
+                )
         if left:
             raise ValueError(
                 f"{file} holds {len(left)} tensors with no place in this model, such as {sorted(left)[0]!r}. "
                 "Is it an adapter of another base model, or with other targets?"
             )
-    if unfilled:
+    if unfilled and copy:
         raise ValueError(f"{folder} lacks the weight {sorted(unfilled)[0]!r}, which is trained on this model.")
     with torch.no_grad():
         for adapter, mine in fitting:
@@ -321,36 +356,11 @@ def read(
             target.copy_(tensor)
 
 
-def _fit(file: Path, key: str, target: Tensor, tensor: Tensor) -> Tensor:
-    if target.shape != tensor.shape:
-        shown = f"{tuple(tensor.shape)} in {file}, {tuple(target.shape)} in this model"
+def _fit(file: Path, key: str, shape: Sequence[int], tensor: Tensor) -> Tensor:
+    if tuple(tensor.shape) != tuple(shape):
+        shown = f"{tuple(tensor.shape)} in {file}, {tuple(shape)} in this model"
         raise ValueError(f"Shapes differ for {key!r}: {shown}. Is it an adapter of another base model?")
     return tensor
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file.
-
-    Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if it is cut off or no safetensors file.
-    """
-    shapes(path)
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors
-
-
-def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return `{key: shape}` of a safetensors file without reading its tensors; raises like `load_tensors`."""
-    if not path.is_file():
-        pickled = path.with_name("adapter_model.bin").is_file()
-        hint = " Only a pickled adapter_model.bin is there; convert it to safetensors first." if pickled else ""
-        raise FileNotFoundError(f"{path} does not exist.{hint}")
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or half-written ({error}). Copy or save it again.") from error
 
 
 def check_base(folder: str | Path, base: Mapping[str, Any]) -> None:

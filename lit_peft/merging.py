@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from lit_peft import __version__
 from lit_peft.adapter import Adapter, merge, named_adapters
+from lit_peft.quantised.model import dequantise, requantisation_error
+from lit_peft.rewriting import note, rewritten
+from lit_peft.weights import dense
 
 REPORT = "merge_report.json"
 PROBES = (
@@ -44,7 +47,8 @@ def write_merged(
 ) -> dict[str, Any]:
     """Fold a module's adapters into a copy of its model and write that as a folder for `from_pretrained`.
 
-    The module itself stays as it is. Under FSDP2 all processes call this together and the first one writes.
+    The module itself stays as it is. A base in four bits is dequantised in the copy, which takes its full memory. Under
+    FSDP2 all processes call this together and the first one writes.
 
     Args:
         module: a configured module with `model`, and `tokenizer` where it has one.
@@ -55,7 +59,9 @@ def write_merged(
 
     Returns:
         The report, as in `merge_report.json`: `differences` (largest |logit difference| of the merged copy to the
-        adapted model, per dtype), `reloaded` (of the folder to the merged copy), `largest_logit`, `dtype`, ...
+        adapted model, per dtype), `reloaded` (of the folder to the merged copy), `largest_logit`, `dtype`, ...; after a
+        4-bit base also `requantised`: the relative error (Frobenius; mean and max over the layers) that the merged
+        weights would have if they were stored in four bits again.
 
     Raises:
         FileExistsError: if the folder holds something that is no earlier merge.
@@ -73,6 +79,7 @@ def write_merged(
     if model is None:  # a process that only helped to gather
         return {}
     wanted = _dtype(dtype) if dtype else _base_dtype(model)
+    dequantised = dequantise(model, torch.float32)
     tokenizer = getattr(module, "tokenizer", None)
     probes = _probes(model, tokenizer, prompts)
     kinds = sorted({type(adapter).__name__ for _, adapter in named_adapters(model)})
@@ -85,13 +92,14 @@ def write_merged(
     with torch.no_grad():
         merge(model)
     differences["float32"] = _distance(_answers(model, probes), before)
+    requantised = [requantisation_error(dense(layer)) for layer in dequantised]
     scale = max(float(logits.abs().max()) for logits in before)
     if not differences["float32"] <= atol * max(1.0, scale):
         raise ValueError(
             f"The merged model differs from the adapted one by {differences['float32']:.2g} in float32 (largest logit "
             f"{scale:.3g}, atol {atol:g}); nothing was written. Export the adapter instead, or raise atol."
         )
-    created = fit_biases(model)
+    created, untied = fit_biases(model), fit_ties(model)
     if half is not None:
         in_half = model if wanted == torch.bfloat16 else copy.deepcopy(model)
         differences["bfloat16"] = _distance(_answers(_cast_base(in_half, torch.bfloat16), probes), half)
@@ -105,9 +113,12 @@ def write_merged(
         "atol": atol,
         "merged": kinds,
         "zero_biases_added": created,
+        "untied": untied,
         "base": getattr(module, "base_identity", dict)(),
         "lit_peft_version": __version__,
     }
+    if requantised:
+        report["requantised"] = {"mean": sum(requantised) / len(requantised), "max": max(requantised)}
     return _write(model, tokenizer, folder, probes, report)
 
 
@@ -156,6 +167,7 @@ def _plain_copy(module: LightningModule) -> nn.Module | None:
             return None
         fresh: Any = type(module)(**module.hparams)
         fresh.configure_model()
+        note(fresh.model, rewritten(model))  # ReMoRA's type goes by it
         fresh.load_state_dict(state, strict=False)
         rebuilt: nn.Module = fresh.model
         return rebuilt.cpu().eval()
@@ -272,6 +284,32 @@ def fit_biases(model: nn.Module) -> int:
         weight: Any = layer.weight
         setattr(layer, leaf, nn.Parameter(torch.zeros(weight.shape[0], dtype=weight.dtype), requires_grad=False))
     return len(missing)
+
+
+def fit_ties(model: nn.Module) -> bool:
+    """Make the configuration say that weights are not tied, where a merge changed one of them and not the other.
+
+    Loading the folder would tie them again. A configuration ties all or none, so those still tied get copies.
+
+    Args:
+        model: a merged transformers model.
+
+    Returns:
+        Whether the weights had to be untied.
+    """
+    held = dict(model.named_parameters(remove_duplicate=False))
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs = [(target, source) for target, source in tied.items() if target in held and source in held]
+    if all(held[target] is held[source] for target, source in pairs):
+        return False
+    for target, source in pairs:
+        if held[target] is held[source]:
+            path, _, leaf = target.rpartition(".")
+            setattr(model.get_submodule(path), leaf, nn.Parameter(held[target].detach().clone(), requires_grad=False))
+    whole: Any = model
+    whole.config.tie_word_embeddings = False
+    whole.all_tied_weights_keys = {}
+    return True
 
 
 def _announced(kind: type[nn.Module], config: Any) -> set[str]:

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 
-from lit_peft import hub
-from lit_peft.adapter import Adapter, merge, named_adapters
+from lit_peft import hub, rewriting
+from lit_peft.adapter import Adapter, adapter_names, merge, named_adapters, scope_of
 from lit_peft.callbacks.adapter_freeze import AdapterFreeze
 from lit_peft.callbacks.base import AdapterCallback
-from lit_peft.module import AdaptableModule
+from lit_peft.named import activate, train_adapters
 from lit_peft.selection import keep_selection
+from lit_peft.sets import AdapterSets, holds_task, is_task
 from lit_peft.sites import describe_coverage, layers
+from lit_peft.weights import count
 
 Config = TypeVar("Config")
 
 
-class PEFT(AdaptableModule):
+class PEFT(AdapterSets):
     """The base of every method: places adapters once the task has built its model, freezes, saves and loads.
 
     A trainable module is *methods, then a task*: `class Mine(LoRA, SFT)`. Methods cooperate through `super()`; a class
@@ -33,17 +34,18 @@ class PEFT(AdaptableModule):
     Args:
         adapter: folder of a saved adapter to start from; its configuration wins over the arguments.
         check_base: refuse an adapter that was made on another base model.
+        named: further adapters by name, each with what `add_adapter` takes: the methods' settings, or
+            `adapter: FOLDER`; and `train: false` to keep it as it is.
+        active: names of the adapters that act together, in this order; None: the first one, `default`.
     """
 
-    method: ClassVar[str] = ""
     config_types: ClassVar[dict[str, type[Any]]] = {}  # settings with other defaults, where a method composes others
-    _placed = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         order = cls.__mro__
-        methods = [c for c in order if issubclass(c, PEFT) and not _holds_task(c)]
-        tasks = [c for c in order if _is_task(c)]
+        methods = [c for c in order if issubclass(c, PEFT) and not holds_task(c)]
+        tasks = [c for c in order if is_task(c)]
         if methods and tasks and order.index(tasks[0]) < max(order.index(c) for c in methods):
             parts = [base.__name__ for base in sorted(cls.__bases__, key=lambda b: not issubclass(b, PEFT))]
             raise TypeError(
@@ -51,12 +53,9 @@ class PEFT(AdaptableModule):
                 f"task hides the method's hooks. Methods come first: class {cls.__name__}({', '.join(parts)})."
             )
 
-    def __init__(self, *args: Any, adapter: str | None = None, check_base: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.adapter = adapter
-        self.check_base = check_base
         self.strict_loading = False  # checkpoints hold adapters only; `on_load_checkpoint` does the checking
-        self.save_hyperparameters({"adapter": adapter, "check_base": check_base})
 
     def configured(self, kind: type[Config], key: str, value: Config | Mapping[str, Any], **preset: Any) -> Config:
         """Return a method's configuration as its dataclass and note it as a plain dict in the hyper-parameters.
@@ -100,6 +99,7 @@ class PEFT(AdaptableModule):
         self.place_adapters()
         if self.adapter is not None:
             self.load_adapter(self.adapter)
+        self.place_named()
         keep_selection(self.model)
         trainer = self._trainer
         callbacks = [cb for cb in getattr(trainer, "callbacks", []) if isinstance(cb, AdapterCallback)]
@@ -114,8 +114,7 @@ class PEFT(AdaptableModule):
     def announce_coverage(self) -> None:
         """Say how much is trained, and which layers the adapters cover."""
         assert self.model is not None
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.model.parameters())
+        trained, total = count(self.model, trained=True), count(self.model)
         paths = [path for path, _ in named_adapters(self.model)]
         where = f": {describe_coverage(paths, self.model)}" if paths else ""
         rank_zero_info(f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%}){where}")
@@ -169,7 +168,7 @@ class PEFT(AdaptableModule):
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if parameter.requires_grad or self.is_trainable(name, parameter):
                 keys.add(f"model.{name}")
-        return keys
+        return keys | {f"model.{path}.base.weight" for path in rewriting.rewritten(self.model)}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return what was trained: adapters, declared weights, and the task's own state outside of the model.
@@ -193,6 +192,11 @@ class PEFT(AdaptableModule):
         meta = checkpoint.setdefault("lit_peft", {})
         meta["keys"] = sorted(key for key in checkpoint.get("state_dict", {}) if key.startswith("model."))
         meta.setdefault("base", self.base_identity())
+        if self.model is not None and (restarts := rewriting.rewritten(self.model)):
+            meta["restarts"] = restarts
+        if self._placed and self.model is not None:
+            scope = scope_of(self.model)
+            meta["adapters"] = {"active": list(scope.active), "trained": scope.trained and list(scope.trained)}
         meta["class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -206,6 +210,7 @@ class PEFT(AdaptableModule):
             return
         if self.check_base:
             hub.compare_bases(checkpoint.get("lit_peft", {}).get("base") or {}, self.base_identity())
+        rewriting.note(self.model, checkpoint.get("lit_peft", {}).get("restarts") or {})
         stored = set(checkpoint.get("lit_peft", {}).get("keys") or checkpoint.get("state_dict", {}))
         stored = {key for key in stored if key.startswith("model.")}
         present = {f"model.{name}" for name, _ in self.model.named_parameters(remove_duplicate=False)}
@@ -227,79 +232,21 @@ class PEFT(AdaptableModule):
                     f"Shapes differ for {key!r}: {tuple(tensor.shape)} in the checkpoint, {tuple(mine[key])} here. Was "
                     "it made with another rank or base model?"
                 )
+        self._choose_as(checkpoint.get("lit_peft", {}).get("adapters"))
 
-    # Adapter folders -------------------------------------------------------------------------------------------------
-
-    def adopt(self, config: Mapping[str, Any]) -> None:
-        """Take over the configuration read from an adapter folder; each method takes the part that is its own."""
-
-    def parts(self) -> list[dict[str, Any]]:
-        """Return the `adapter_config.json` contents of each stacked method, outermost last."""
-        return []
-
-    def declared(self) -> dict[str, Tensor]:
-        """Return the existing weights that are trained in place, by path in the model."""
+    def _choose_as(self, noted: Mapping[str, Any] | None) -> None:
+        """Let the adapters act and train as in the run that wrote a checkpoint."""
         assert self.model is not None
-        adapted = {id(p) for _, adapter in named_adapters(self.model) for _, p in adapter.own_parameters()}
-        return {
-            name: parameter.detach()
-            for name, parameter in self.model.named_parameters()
-            if id(parameter) not in adapted and self.is_trainable(name, parameter)
-        }
+        if noted and adapter_names(self.model):
+            activate(self.model, *noted["active"])
+            if noted["trained"] is not None:
+                train_adapters(self.model, *noted["trained"])
 
-    def save_adapter(self, folder: str | Path, name: str = "default") -> Path:
-        """Write one named adapter as a folder that HF PEFT loads (where PEFT has the method).
+    def merge_adapters(self, *names: str) -> nn.Module:
+        """Fold some adapters into the base, in place, and return the plain model.
 
         Args:
-            folder: where to write; must not hold another adapter's files.
-            name: which named set.
-
-        Returns:
-            The folder.
-
-        Raises:
-            ValueError: if more was trained than an adapter folder holds.
-        """
-        assert self.model is not None, "call configure_model() first"
-        kind = getattr(self, "peft_task_type", None)
-        declared, base = self.declared(), self.base_identity()
-        own = {id(p) for _, adapter in named_adapters(self.model) for _, p in adapter.own_parameters()}
-        trained = {n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in own}
-        thawed = sorted(trained - declared.keys())
-        if thawed:
-            raise ValueError(
-                f"{len(thawed)} thawed weights of the base were trained too, such as {thawed[0]!r}, and an adapter "
-                "folder has no place for them. Keep the checkpoint, or merge."
-            )
-        labels = getattr(self, "labels", None)
-        return hub.write(
-            folder,
-            self.model,
-            self.parts(),
-            declared=declared,
-            base=base,
-            task_type=kind,
-            name=name,
-            notes={"labels": list(labels)} if labels else None,
-        )
-
-    def load_adapter(self, folder: str | Path, name: str = "default") -> None:
-        """Copy a saved adapter's weights into one named set.
-
-        Raises:
-            ValueError: if keys, shapes or the base model do not fit.
-        """
-        assert self.model is not None, "call configure_model() first"
-        base = self.base_identity() if self.check_base else {}
-        kinds = [part["peft_type"] for part in self.parts()]
-        hub.read(folder, self.model, declared=self.declared(), base=base, name=name, kinds=kinds)
-
-    def base_identity(self) -> dict[str, Any]:
-        """Return name, revision and hash of the base model, as far as the task knows them."""
-        return dict(getattr(self, "backbone_identity", {}))
-
-    def merge_adapters(self) -> nn.Module:
-        """Fold the active adapters into the base, in place, and return the plain model.
+            *names: which; default: those that act.
 
         Raises:
             TypeError: if a method cannot be folded.
@@ -308,12 +255,4 @@ class PEFT(AdaptableModule):
             self.configure_model()
         assert self.model is not None
         with torch.no_grad():
-            return merge(self.model)
-
-
-def _is_task(cls: type) -> bool:
-    return issubclass(cls, LightningModule) and not issubclass(cls, PEFT) and not issubclass(AdaptableModule, cls)
-
-
-def _holds_task(cls: type) -> bool:
-    return any(_is_task(parent) for parent in cls.__mro__)
+            return merge(self.model, names or None)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_peft.adapter import Adapter, adapter_names, named_adapters, scopes_of
+from lit_peft.adapter import Adapter, adapter_names, check_name, named_adapters, scopes_of
+from lit_peft.combining import check_how
 from lit_peft.selection import Rows, choose, originals_restored
 
 
@@ -28,13 +29,113 @@ def add_adapter(model: nn.Module, name: str, config: Any = None) -> None:
     Raises:
         ValueError: if the name is taken or no adapter takes this kind of configuration.
     """
+    check_name(name)
     found = [adapter for _, adapter in named_adapters(model)]
     if config is not None:
         found = [adapter for adapter in found if type(next(iter(adapter.configs.values()))) is type(config)]
     if not found:
         raise ValueError(f"No adapter of this model takes a {type(config).__name__}. Place one first.")
+    _check_free(model, name)
     for adapter in found:
         adapter.add(name, config if config is not None else next(iter(adapter.configs.values())))
+    if any(scope.trained is not None for scope in scopes_of(model)):
+        _freeze(model)
+
+
+def _check_free(model: nn.Module, name: str) -> None:
+    if name in adapter_names(model):
+        raise ValueError(f"This model already has an adapter named {name!r}. Choose another, or delete it first.")
+
+
+def train_adapters(model: nn.Module, *names: str) -> None:
+    """Choose which named adapters training changes; the others are kept as they are.
+
+    With `activate(module, "sft", "default")` and `train_adapters(module, "default")` a frozen adapter acts under a
+    trained one. Call it before training starts: the optimizer is made of what trains then.
+
+    Args:
+        model: the adapted model, or a LightningModule that holds it.
+        *names: one or several names.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
+    _check_known(model, names)
+    for scope in scopes_of(model):
+        scope.trained = names
+    _freeze(model)
+
+
+def _freeze(model: nn.Module) -> None:
+    for _, adapter in named_adapters(model):
+        trained = {id(parameter) for _, parameter in adapter.trained_parameters()}
+        for _, parameter in adapter.own_parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+
+
+def combine_adapters(
+    model: nn.Module,
+    names: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    how: str = "linear",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Add an adapter that is a weighted combination of others: sum_i w_i (adapter i), exactly or by another rule.
+
+    Args:
+        model: the adapted model.
+        names: the adapters to combine.
+        weights: one for each; negative ones subtract.
+        name: the new name.
+        how: `cat` (LoRA: exact, ranks add up), `svd` (LoRA: the closest of a rank), `linear` (a sum of the weights
+            themselves: exact for BitFit and (IA)3, for LoRA a sum of A and of B as in HF PEFT), `ties`, `dare_linear`,
+            `dare_ties`; for LoRA also `ties_svd`, `dare_linear_svd` and `dare_ties_svd`, which apply the rule to B A.
+        rank: of the result of `svd`; None: the largest rank of the adapters.
+        density: for `ties` and `dare`: the share of entries that is kept.
+        seed: for `dare`: of its random choice.
+
+    Raises:
+        ValueError: if a name is unknown or taken, or the rule does not go with these adapters.
+        TypeError: if a method has no such rule.
+
+    Example:
+        >>> import torch
+        >>> from lit_peft import LoRAConfig, place
+        >>> from lit_peft.methods.lora import LoRALinear
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> _ = place(model, ["0"], lambda base: LoRALinear(base, LoRAConfig(r=2)))
+        >>> add_adapter(model, "two", LoRAConfig(r=3))
+        >>> combine_adapters(model, ["default", "two"], [0.7, 0.3], "both", "cat")
+        >>> model[0].configs["both"].r
+        5
+    """
+    check_name(name)
+    check_how(how, density)
+    if not names or len(names) != len(weights):
+        raise ValueError(
+            f"{len(names)} adapters and {len(weights)} weights were given. Give one weight for each adapter."
+        )
+    _check_known(model, names)
+    _check_free(model, name)
+    generator = torch.Generator().manual_seed(seed)
+    made: list[tuple[Adapter, Any, dict[str, torch.Tensor]]] = []
+    for _, adapter in named_adapters(model):
+        here = [(other, weight) for other, weight in zip(names, weights, strict=True) if other in adapter.configs]
+        if here:
+            present, factors = zip(*here, strict=True)
+            options = {"rank": rank, "density": density, "generator": generator, "absent": sum(weights) - sum(factors)}
+            config, tensors = adapter.combined(present, factors, how, **options)
+            made.append((adapter, config, tensors))
+    with torch.no_grad():  # everything could be computed: only now is the model changed
+        for adapter, config, tensors in made:
+            adapter.add(name, config)
+            adapter.load_tensors(tensors, name)
+    if any(scope.trained is not None for scope in scopes_of(model)):
+        _freeze(model)
 
 
 def adapters(model: nn.Module, *names: str) -> AbstractContextManager[None]:
@@ -67,6 +168,7 @@ def routed(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Abs
 
     Raises:
         ValueError: if a name is unknown, or there are none; in the call, if the batch has another number of rows.
+        TypeError: if a row asks for the base and weights of the base are trained in place.
 
     Example:
         >>> from lit_peft import routed
@@ -77,6 +179,11 @@ def routed(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Abs
         raise ValueError("routed needs one name for each row of the batch; it got none.")
     rows = Rows(names)
     _check_known(model, rows.names)
+    if any(not entry for entry in names) and any(scope.originals for scope in scopes_of(model)):
+        raise TypeError(
+            "A row cannot be answered by the base alone: weights of the base itself are trained here (biases, modules "
+            "to save, layers), for all rows. Use `disabled` for a batch of such rows."
+        )
     return choose(dict.fromkeys(scopes_of(model), rows))
 
 
@@ -97,6 +204,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     for scope in scopes_of(model):
         scope.active = tuple(other for other in scope.active if other != name)
         scope.current = scope.active
+        scope.trained = scope.trained and tuple(other for other in scope.trained if other != name)
 
 
 def _check_known(model: nn.Module, names: Iterable[str]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer
@@ -17,8 +17,10 @@ from lit_peft import backbone as backbones
 from lit_peft import hub
 from lit_peft.adapter import remember
 from lit_peft.catalogue import TASKS
+from lit_peft.forks import kind_of
 from lit_peft.module import AdaptableModule
 from lit_peft.saved import locate, method_of, read_checkpoint
+from lit_peft.tensor_files import shapes
 from lit_peft.zoo import check, compose, task_class
 
 # PEFT's name of a task, or the ending of a model class -> ours
@@ -41,6 +43,7 @@ def load(
     backbone: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | None = None,
+    quantize: Literal["nf4", "none"] | None = None,
     task: str | None = None,
     check_base: bool = True,
 ) -> Any:
@@ -52,6 +55,8 @@ def load(
         backbone: base model to use instead of the one that was noted, such as a local copy of it.
         device: where to put the model; default: the GPU if there is one.
         dtype: `float32`, `bfloat16`, `float16` or `auto`; default: as in training.
+        quantize: `nf4` for a base in four bits, `none` for one as it is stored, whatever the adapter was trained on;
+            default: as in training, which adapter folders do not say.
         task: name as for `--task`, for adapters that do not say.
         check_base: refuse a base model other than the adapter's.
 
@@ -69,7 +74,7 @@ def load(
         >>> # assistant.reply([{"role": "user", "content": "What is LoRA?"}])
     """
     kind, found = locate(path)
-    options: dict[str, Any] = {"dtype": dtype} if dtype else {}
+    options: dict[str, Any] = {key: value for key, value in (("dtype", dtype), ("quantize", quantize)) if value}
     if kind == "model" and backbone is not None:
         raise ValueError(f"{found} is a whole model, so there is no base to choose. Leave backbone out.")
     with _silence():
@@ -136,7 +141,7 @@ def _from_adapter(
     folder: Path, backbone: str | None, task: str | None, options: dict[str, Any], check_base: bool
 ) -> AdaptableModule:
     configs, meta = hub.read_configs(folder), hub.read_meta(folder)
-    methods = [method_of(str(config["peft_type"]), folder) for config in reversed(configs)]
+    methods = [method_of(kind_of(config), folder) for config in reversed(configs)]
     first = configs[0]
     name = backbone or meta.get("base", {}).get("name") or first.get("base_model_name_or_path")
     if not name:
@@ -169,7 +174,7 @@ def _labels(configs: list[dict[str, Any]], folder: Path, backbone: str, revision
     stored = {
         key.removeprefix(hub.PREFIX): shape
         for part in hub.part_folders(folder)
-        for key, shape in hub.shapes(part / hub.WEIGHTS).items()
+        for key, shape in shapes(part / hub.WEIGHTS).items()
     }
     config = backbones.load_config(backbone, revision=revision)
     names = [str(config.id2label[i]) for i in sorted(config.id2label)]

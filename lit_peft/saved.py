@@ -93,4 +93,10 @@ def merge_summary(report: dict[str, Any]) -> str:
     kinds = " + ".join(report["merged"]) or "weights trained in place"
     largest = f"largest logit {report['largest_logit']:.3g}"
     differences = ", ".join(f"{value:.2g} in {dtype}" for dtype, value in report["differences"].items())
-    return f"{report['dtype']}, {kinds} folded; logits differ by {differences} ({largest})."
+    again = report.get("requantised")  # only after a 4-bit base
+    bits = (
+        f" In four bits again, its weights would be {again['mean']:.1%} off ({again['max']:.1%} at most)."
+        if again
+        else ""
+    )
+    return f"{report['dtype']}, {kinds} folded; logits differ by {differences} ({largest}).{bits}"

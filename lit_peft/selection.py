@@ -25,37 +25,70 @@ class Rows:
 
     Attributes:
         count: number of rows.
+        names: the names that some row asks for.
     """
 
     def __init__(self, names: Sequence[str | Sequence[str] | None]) -> None:
-        found: dict[str, list[int]] = {}
+        found: dict[tuple[str, ...], list[int]] = {}
         for row, entry in enumerate(names):
-            for name in () if entry is None else (entry,) if isinstance(entry, str) else entry:
-                found.setdefault(name, []).append(row)
+            found.setdefault(() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry), []).append(
+                row
+            )
         self.count = len(names)
-        self._rows = {name: torch.tensor(rows) for name, rows in found.items()}
+        self.names = tuple(dict.fromkeys(name for entry in found for name in entry))
+        self._groups = [(entry, len(rows)) for entry, rows in found.items()]
+        order = [row for rows in found.values() for row in rows]
+        self._order = None if order == sorted(order) else torch.tensor(order)
+        self._rows = {
+            name: torch.tensor([row for entry, rows in found.items() if name in entry for row in rows])
+            for name in self.names
+        }
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names that some row asks for."""
-        return tuple(self._rows)
+    def rows(self, name: str) -> list[int]:
+        """Return the rows that ask for a name."""
+        found = self._rows.get(name)
+        return [] if found is None else found.tolist()
 
     def of(self, name: str, x: Tensor) -> Tensor:
         """Return the indices into the first dimension of x (rows, ..., width) that a name acts on; may be empty.
 
-        A generator's beams repeat each row: then the first dimension is a multiple of the number of rows.
+        Raises:
+            ValueError: if x does not have as many rows as names were given.
+        """
+        beams = self._beams(x, x.ndim)
+        return _repeated(self._rows.get(name, torch.empty(0, dtype=torch.long)).to(x.device), beams)
+
+    def grouped(self, x: Tensor, y: Tensor) -> tuple[list[tuple[tuple[str, ...], int]], Tensor | None]:
+        """Return the groups of rows that ask for the same, as (names, number of rows), and the order that sorts them.
+
+        Args:
+            x: the input (rows, ...) of a layer.
+            y: its output (rows, ..., width).
+
+        Returns:
+            The groups, and the indices that put the rows of one group beside each other; None where they are already.
 
         Raises:
             ValueError: if x does not have as many rows as names were given.
         """
+        beams = self._beams(x, y.ndim)
+        order = None if self._order is None else _repeated(self._order.to(x.device), beams)
+        return [(entry, number * beams) for entry, number in self._groups], order
+
+    def _beams(self, x: Tensor, dimensions: int) -> int:
+        # A generator's beams repeat each row: then the first dimension is a multiple of the number of rows.
         beams, rest = divmod(x.shape[0], self.count)
-        if rest or not beams or (beams > 1 and x.ndim < 3):
+        if rest or not beams or (beams > 1 and dimensions < 3):
             raise ValueError(
                 f"Names are routed to {self.count} rows, but a layer was called with {x.shape[0]}. Give one name for "
                 "each row of the batch; layers that see single tokens (experts) cannot be routed."
             )
-        rows = self._rows.get(name, torch.empty(0, dtype=torch.long)).to(x.device)
-        return rows if beams == 1 else (rows[:, None] * beams + torch.arange(beams, device=x.device)).flatten()
+        return beams
+
+
+def _repeated(rows: Tensor, beams: int) -> Tensor:
+    """Return the indices of all beams of the given rows."""
+    return rows if beams == 1 else (rows[:, None] * beams + torch.arange(beams, device=rows.device)).flatten()
 
 
 Choice = tuple[str, ...] | Rows
@@ -70,6 +103,7 @@ class Scope:
             (torch.compile guards on plain attributes but cannot trace a ContextVar), eager code the ContextVar.
         originals: base values of parameters that are trained in place, for `disabled`.
         irreversible: why `disabled` cannot give the base back, or an empty string.
+        trained: names of the sets that are trained; None: all of them.
     """
 
     def __init__(self) -> None:
@@ -77,6 +111,7 @@ class Scope:
         self.current: Choice = ("default",)
         self.originals: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self.irreversible = ""
+        self.trained: tuple[str, ...] | None = None
 
 
 # What an outer adapter tells those inside it in one call: a padding mask, tensors that layers share. Captured for

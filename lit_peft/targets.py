@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-KEYS = "tensor_keys"  # added to what is read from a configuration file, never written
+Value = TypeVar("Value", int, float)
+
+# Added to what is read from a configuration file, never written there: its tensors, and what `lit_peft.json` says.
+KEYS = "tensor_keys"
+OWN = "lit_peft"
+# PEFT's settings that may differ between layers, and where it says so.
+_PATTERNS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
 
 
 def shortest_targets(paths: Iterable[str], modules: Iterable[str]) -> list[str]:
@@ -22,7 +28,86 @@ def shortest_targets(paths: Iterable[str], modules: Iterable[str]) -> list[str]:
     return leaves if chosen == wanted else sorted(wanted)
 
 
-def stored_targets(config: Mapping[str, Any], leaf: str, modules: Iterable[str]) -> list[str]:
+def bare(path: str) -> str:
+    """Drop what adapters add to a path: the saved name is the module's name in the plain model.
+
+    Example:
+        >>> bare("model.layers.0.base.self_attn.q_proj.base.bias")
+        'model.layers.0.self_attn.q_proj.bias'
+    """
+    return ".".join(piece for piece in path.split(".") if piece != "base")
+
+
+def find(patterns: Mapping[str, Value], path: str, default: Value) -> Value:
+    """Return what the first pattern that fits the end of a path says."""
+    return next((value for key, value in patterns.items() if fits(key, path)), default)
+
+
+def fits(pattern: str, path: str) -> bool:
+    """Whether a regular expression fits a whole path, or its end behind a dot."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
+
+
+def patterns(values: Mapping[str, Value], default: Value) -> dict[str, Value]:
+    """Return patterns that give each path its value, anchored and such that none overlap; the default needs none.
+
+    Overlapping ones would depend on their order, and HF PEFT sorts them when it writes a file.
+
+    Example:
+        >>> list(patterns({"0.q": 4, "1.q": 4, "0.k": 8}, 8).values())
+        [4]
+    """
+    found: dict[str, Value] = {}
+    for value in sorted({value for value in values.values() if value != default}):
+        mine = [path for path, other in values.items() if other == value]
+        endings = shortest_targets(mine, values)
+        start = "^" if set(endings) == set(mine) else r"^(.*\.)?"
+        found |= {start + re.escape(ending): value for ending in endings}
+    return found
+
+
+def layer_settings(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the settings that all layers of a method share, and what differs in PEFT's form: a default and patterns.
+
+    Raises:
+        ValueError: if layers differ in something that PEFT can only say of all.
+    """
+    merged: dict[str, Any] = {}
+    for key in next(iter(layers.values()), {}):
+        values = {path: settings[key] for path, settings in layers.items()}
+        found = list(values.values())
+        merged[key] = max(dict.fromkeys(found), key=found.count)  # the most frequent one
+        if key in _PATTERNS:
+            merged[_PATTERNS[key]] = patterns(values, merged[key])
+        elif len(set(found)) > 1:
+            raise ValueError(f"This adapter has layers with {key} {sorted(map(str, set(found)))}; a folder holds one.")
+    return merged
+
+
+def file_key(path: str, wrapped: Iterable[str]) -> str:
+    """Return the name in a file of a weight of the base: PEFT keeps those of a layer it adapts under `base_layer`."""
+    layer, _, leaf = path.rpartition(".")
+    return f"{bare(layer)}.base_layer.{leaf}" if bare(layer) in wrapped else bare(path)
+
+
+def saved_modules(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
+    """Return the modules that a folder holds whole: those that its modules_to_save name, by its tensors.
+
+    HF PEFT's rule knows no boundary at a dot (`head` means `lm_head` too), so the tensors are what counts.
+    """
+    asked = tuple(config.get("modules_to_save") or ())
+    keys = config[KEYS]
+    named = [path for path in modules if path and path.endswith(asked)] if asked else []
+    return [path for path in named if any(key.startswith(f"{path}.") for key in keys)]
+
+
+def stored_layers(config: Mapping[str, Any], leaves: Sequence[str]) -> set[str]:
+    """Return the layers for which a folder has one of these tensors, such as `lora_A.weight`."""
+    ends = tuple(f".{leaf}" for leaf in leaves)
+    return {key[: -len(end)] for key in config[KEYS] for end in ends if key.endswith(end)}
+
+
+def stored_targets(config: Mapping[str, Any], leaf: str | Sequence[str], modules: Iterable[str]) -> list[str]:
     """Return the targets of a folder whose tensors say which layers are adapted, checked against its configuration.
 
     The tensors are what counts: they hold for regular expressions, `layers_to_transform` and `exclude_modules` alike.
@@ -30,14 +115,15 @@ def stored_targets(config: Mapping[str, Any], leaf: str, modules: Iterable[str])
 
     Args:
         config: from `read_configs`.
-        leaf: the tensor that each adapted layer has, such as `lora_A.weight`.
+        leaf: the tensor that each adapted layer has, such as `lora_A.weight`, or several that may be it.
         modules: the paths of all modules of the model, without adapters.
 
     Raises:
         ValueError: if layers are missing in the file, in the model, or in the configuration.
     """
     modules = list(modules)
-    stored = {key.removesuffix(f".{leaf}") for key in config[KEYS] if key.endswith(f".{leaf}")}
+    leaves = [leaf] if isinstance(leaf, str) else leaf
+    stored = stored_layers(config, leaves)
     asked = _asked(config, modules)
     for surplus, what in (
         (stored - set(modules), "this model has no such module. Is it an adapter of another base model?"),
@@ -52,7 +138,9 @@ def stored_targets(config: Mapping[str, Any], leaf: str, modules: Iterable[str])
             f"for {len(missing)} of them, such as {missing[0]!r}. Is the file damaged, or made on another base model?"
         )
     if not stored:
-        raise ValueError(f"The adapter file holds no {leaf!r} for any layer. Save the adapter again.")
+        raise ValueError(
+            f"The adapter file holds no {' or '.join(map(repr, leaves))} for any layer. Save the adapter again."
+        )
     return shortest_targets(stored, modules)
 
 

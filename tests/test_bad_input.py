@@ -106,7 +106,10 @@ def contents(room: Path) -> dict[str, bytes]:
         ("--model.warmup 2", "warmup is 2.0; it is a share of the run"),
         ("--model.weight_decay -1", "weight_decay is -1.0; it must be 0 or more."),
         ("--model.max_grad_norm -1", "max_grad_norm is -1.0; it must be 0 or more."),
-        ("--model.optim sgdd", "model.optim is 'sgdd'; it must be one of adamw, adamw8bit, paged_adamw8bit."),
+        (
+            "--model.optim sgdd",
+            "model.optim is 'sgdd'; it must be one of adamw, adamw8bit, paged_adamw8bit, paged_adamw_32bit or null.",
+        ),
         ("--model.optim adamw8bit", "optim 'adamw8bit' needs a CUDA device; this is cpu. Use optim=adamw."),
         ("--model.dtype float8", "dtype 'float8' is not one of ['auto', 'float32',"),
         ("--data.batch_size 0", "batch_size must be at least 1, not 0."),
@@ -297,7 +300,9 @@ def test_verbs(ask: Any) -> None:
         assert "void holds no checkpoint, adapter or model." in ask(verb, "void", *more)
     for verb in ("merge", "export"):
         assert "Choose a new folder." in ask(verb, RUN, "--out", "base")
-    assert "to is 'onnx'; it must be one of peft, hf." in ask("export", RUN, "--out", "m", "--to", "onnx")
+    assert "to is 'onnx'; it must be one of peft, vllm, sglang, llama.cpp, hf." in ask(
+        "export", RUN, "--out", "m", "--to", "onnx"
+    )
     assert "dtype is 'int3'; it must be one of float32," in ask("merge", RUN, "--out", "m", "--dtype", "int3")
     assert "there is no option --systm. Did you mean --system?" in ask("chat", RUN, "--systm", "x")
     assert "max_new_tokens is 0" in ask("chat", RUN, "--max_new_tokens", "0")

@@ -108,7 +108,10 @@ def more(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 DAMAGES: dict[str, tuple[Any, str]] = {
     "no prefix": (lambda f: retensored(f, renamed("base_model.model.", "")), "must start with 'base_model.model.'"),
     "wrong module": (lambda f: retensored(f, renamed("self_attn", "attention")), "this model has no such module"),
-    "wrong leaf": (lambda f: retensored(f, renamed("lora_A", "lora_Q")), "holds no 'lora_A.weight'|lacks weights"),
+    "wrong leaf": (
+        lambda f: retensored(f, renamed("lora_A", "lora_Q")),
+        "holds no 'lora_A.weight' or 'lora_embedding_A'|lacks weights",
+    ),
     "missing layer": (
         lambda f: retensored(f, without("layers.1.")),
         "lacks weights for 7 of them, such as 'model.layers",
@@ -129,10 +132,12 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "unknown type": (lambda f: edited(f, peft_type="WARP"), "holds WARP, but this model has LORA"),
     "another method": (lambda f: edited(f, peft_type="LIT_FREEZE"), "holds LIT_FREEZE, but this model has LORA"),
     "no targets": (lambda f: edited(f, target_modules=None), "names no target_modules"),
-    "dora": (lambda f: edited(f, use_dora=True), "use_dora=True"),
-    "bias": (lambda f: edited(f, bias="all"), "bias='all'"),
+    "dora": (lambda f: edited(f, use_dora=True), "lacks 'model.layers.0.self_attn.q_proj.lora_magnitude_vector'"),
     "lora_bias": (lambda f: edited(f, lora_bias=True), "lora_bias=True"),
-    "rank_pattern": (lambda f: edited(f, rank_pattern={"q_proj": 4}), "rank_pattern="),
+    "rank_pattern": (
+        lambda f: edited(f, rank_pattern={"q_proj": 2}),
+        "Shapes differ for 'model.layers.0.self_attn.q_proj",
+    ),
     "tokens": (lambda f: edited(f, trainable_token_indices=[1]), "trainable_token_indices="),
     "a future setting": (lambda f: edited(f, use_warp=True), "use_warp=True"),
     "pissa": (lambda f: edited(f, init_lora_weights="pissa_niter_4"), "changed its base model"),
@@ -158,6 +163,20 @@ def test_damage_is_an_error(tmp_path: Path, writer: str, damage: Any, message: s
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         placed(LoRATiny, "llama", adapter=str(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    module = placed(BitFitTiny, "llama")
+    module.save_adapter(tmp_path / "a")
+    assert json.loads((tmp_path / "a" / hub.CONFIG).read_text())["lit_peft_format"] == 1
+    edited(tmp_path / "a", lit_peft_format=2)
+    with pytest.raises(ValueError, match=r"has format 2, and this lit_peft reads 1. Update it") as raised:
+        module.load_adapter(tmp_path / "a")
+    assert "\n" not in str(raised.value)
+    edited(tmp_path / "a", lit_peft_format=None)  # written before there was a number
+    path = tmp_path / "a" / hub.CONFIG
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "lit_peft_format"}))
+    module.load_adapter(tmp_path / "a")
 
 
 @pytest.mark.parametrize("damage", [without("layers.1.mlp.up_proj.lora_B"), halve, more])

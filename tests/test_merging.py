@@ -69,6 +69,33 @@ def test_merged_folder_answers_as_the_adapter(method: str, kind: str, task: str,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merged"]
 
 
+UNTIED: list[tuple[str, dict[str, Any], Any]] = [
+    ("qwen2", {"target_modules": ["embed_tokens", "q_proj"]}, AutoModelForCausalLM),
+    ("qwen2", {"target_modules": ["lm_head"]}, AutoModelForCausalLM),
+    ("gemma", {"target_modules": ["embed_tokens"]}, AutoModelForCausalLM),
+    ("gpt2", {"modules_to_save": ["lm_head"]}, AutoModelForCausalLM),
+    ("gpt2", {"bias": "all", "enable_lora": [True, False, True]}, AutoModelForCausalLM),
+    ("t5", {"target_modules": ["lm_head"]}, AutoModelForSeq2SeqLM),
+    ("t5", {"target_modules": ["decoder.embed_tokens"]}, AutoModelForSeq2SeqLM),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "auto"), UNTIED)
+def test_merged_folder_says_what_is_tied(kind: str, settings: dict[str, Any], auto: Any, tmp_path: Path) -> None:
+    module = trained("lora", kind, tmp_path, lora=settings)
+    ids = torch.randint(5, 128, (2, 9), generator=torch.Generator().manual_seed(0))
+    before = logits(module.model, ids)
+    report = write_merged(module, tmp_path / "merged")
+    assert torch.equal(logits(module.model, ids), before)
+    loaded = auto.from_pretrained(tmp_path / "merged").eval()
+    assert (logits(loaded, ids) - before).abs().max() < 1e-4
+    apart = "bias" not in settings
+    assert report["untied"] is apart
+    # T5's configuration always says tied; its weights differ in the file, so that transformers does not tie them
+    assert loaded.config.tie_word_embeddings is (not apart or kind == "t5")
+    assert module.model.config.tie_word_embeddings is True
+
+
 def test_bf16_base_is_merged_in_float32_and_rounded_once(tmp_path: Path) -> None:
     module = trained("lora", "llama", tmp_path, dtype="bfloat16")
     report = write_merged(module, tmp_path / "merged")

@@ -19,7 +19,7 @@ from lit_peft.adapter import innermost, named_adapters
 from lit_peft.mixin import PEFT
 from lit_peft.named import disabled
 from lit_peft.sites import attention, geometry, hosts, layers, linears, stacks, widths
-from lit_peft.zoo import compose
+from lit_peft.zoo import compose, task_class
 from tests.models import IM_END, VOCAB, save_tiny
 
 Count = Callable[[nn.Module], int]  # closed formula over the *base* model
@@ -29,10 +29,35 @@ def lora_count(r: int) -> Count:
     return lambda model: sum(r * sum(widths(linear)) for linear in linears(model).values())
 
 
+def ranks_by_layer(model: nn.Module) -> int:
+    return sum((2 if ".0." in path else 4) * sum(widths(linear)) for path, linear in linears(model).items())
+
+
+def mora_count(r: int, mora_type: int) -> Count:
+    def size(linear: nn.Module) -> int:
+        found = int((sum(widths(linear)) * r) ** 0.5 + 0.5)
+        return found - found % 2 if mora_type == 6 else found
+
+    return lambda model: sum(size(linear) ** 2 for linear in linears(model).values())
+
+
+def svd_count(r: int) -> Count:
+    return lambda model: sum(r * (sum(widths(linear)) + 1) for linear in linears(model).values())
+
+
 def biases(model: nn.Module) -> int:
     """BitFit: every bias outside the new head; where there is none, one for every linear layer."""
     found = sum(p.numel() for n, p in model.named_parameters() if n.endswith("bias") and not n.startswith(HEADS))
     return found or sum(widths(linear)[1] for linear in linears(model).values())
+
+
+def ia3_count(model: nn.Module) -> int:
+    """2 d_kv for every attention block, and f for every feed-forward block."""
+    shape = geometry(model)
+    blocks = shape.layers + (
+        len(stacks(model)[1]) if len(stacks(model)) > 1 else 0
+    )  # a decoder has cross-attention too
+    return blocks * 2 * shape.kv_heads * shape.head_dim + shape.layers * shape.feed_forward
 
 
 def last_layer(model: nn.Module) -> int:
@@ -42,7 +67,10 @@ def last_layer(model: nn.Module) -> int:
 @dataclass(frozen=True)
 class Case:
     """What a method promises. `merges`: folds into the base; `reversible`: `disabled` gives the base back; `identity`:
-    starts as the base."""
+    starts as the base.
+
+    `base`: arguments of the task that make the model it starts as, where that is not the stored one.
+    """
 
     method: str
     count: Count
@@ -50,6 +78,8 @@ class Case:
     merges: bool = True
     reversible: bool = True
     identity: bool = True
+
+    base: dict[str, Any] = field(default_factory=dict)
 
 
 def bottlenecks(per_layer: int, m: int) -> Count:
@@ -164,13 +194,47 @@ CASES = [
     Case("loreft", edits(2), {"reft": {"r": 2, "first": 1, "last": 2}}, merges=False),
     Case("direft", edits(2), {"reft": {"r": 2, "first": 1, "last": 2}}, merges=False),
     Case("lora", lora_count(4), {"lora": {"r": 4}}),
+    Case(
+        "lora",
+        ranks_by_layer,
+        {"lora": {"r": 4, "rank_pattern": {r".*\.0\..*": 2}, "alpha_pattern": {r".*\.0\..*": 3.0}}},
+    ),
     Case("rslora", lora_count(3), {"lora": {"r": 3}}),
+    Case("relora", lora_count(3), {"lora": {"r": 3}}),
+    *[Case("mora", mora_count(2, kind), {"mora": {"r": 2, "mora_type": kind}}) for kind in (1, 2, 6)],
+    Case("remora", mora_count(1, 1), {"mora": {"r": 1}}),
+    Case(
+        "dora",
+        lambda m: lora_count(4)(m) + sum(widths(linear)[1] for linear in linears(m).values()),
+        {"lora": {"r": 4}},
+    ),
+    Case("pissa", lora_count(4), {"lora": {"r": 4}}),
+    Case("olora", lora_count(3), {"lora": {"r": 3}}),
+    Case("eva", lora_count(4), {"lora": {"r": 4}}),
+    Case("loraplus", lora_count(4), {"lora": {"r": 4}}),
+    Case(
+        "qlora",
+        lora_count(4),
+        {"lora": {"r": 4, "dropout": 0.0}, "dtype": "float32"},
+        merges=False,
+        base={"quantize": "nf4"},
+    ),
+    # no ranks are dropped here, where runs differ in length; see test_adalora.py
+    Case("adalora", svd_count(4), {"adalora": {"init_r": 4, "target_r": 4}}),
     Case("bitfit", biases),
+    Case("bitfit", biases, {"quantize": "nf4"}, merges=False, base={"quantize": "nf4"}),
+    Case("ia3", ia3_count),
     Case("freeze", last_layer, {"freeze": {"last_layers": 1}}),
     Case("full", lambda m: sum(p.numel() for p in m.parameters()), reversible=False),
     Case("full", lambda m: sum(p.numel() for p in m.parameters()), {"keep_base": True}),
     Case("lora+bitfit", lambda m: lora_count(4)(m) + biases(m), {"lora": {"r": 4}}),
 ]
+
+
+def label(case: Case) -> str:
+    return "-kept" if "keep_base" in case.settings else "-nf4" if "quantize" in case.settings else ""
+
+
 HEADS = ("score.", "classifier.", "classification_head.")
 PAIRS = [
     ("llama", "sft"),
@@ -182,7 +246,7 @@ PAIRS = [
     ("t5", "classification"),
 ]
 GRID = [
-    pytest.param(case, kind, task, id=f"{case.method}{'-kept' if 'keep_base' in case.settings else ''}-{kind}-{task}")
+    pytest.param(case, kind, task, id=f"{case.method}{label(case)}-{kind}-{task}")
     for case in CASES
     for kind, task in PAIRS
 ]
@@ -276,9 +340,11 @@ def same(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
 def test_starts_as_the_base_and_steps_aside(case: Case, kind: str, task: str, folders: Any) -> None:
     folder = folders(kind, task)
     rows = batch(task)
-    base = compose("full", task)(str(folder), **({"labels": ["a", "b", "c"]} if task == "classification" else {}))
+    kind_of_base = task_class(task) if case.base else compose("full", task)
+    labels = {"labels": ["a", "b", "c"]} if task == "classification" else {}
+    base: Any = kind_of_base(str(folder), **labels, **case.base)
     base.configure_model()
-    expected = outputs(base, rows)  # type: ignore[arg-type]
+    expected = outputs(base, rows)
     module = build(case, folder, task)
     if case.identity:
         assert same(outputs(module, rows), expected, 1e-6)
@@ -349,7 +415,9 @@ def test_checkpoint_holds_only_what_is_trained_and_resumes_exactly(
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     content = torch.load(tmp_path / "a.ckpt", weights_only=True)
     kept = {key for key in content["state_dict"] if key.startswith("model.")}
-    assert kept == {f"model.{n}" for n, p in first.model.named_parameters(remove_duplicate=False) if p.requires_grad}  # type: ignore[union-attr]
+    trained = {f"model.{n}" for n, p in first.model.named_parameters(remove_duplicate=False) if p.requires_grad}  # type: ignore[union-attr]
+    frozen = {f"model.{path}.{n}" for path, a in named_adapters(first.model) for n, _ in a.own_parameters()}  # type: ignore[arg-type]
+    assert kept == trained | frozen
     second = build(case, folder, task)
     shake(second)
     quick_trainer(tmp_path, max_epochs=2).fit(second, loader(task, 3), ckpt_path=tmp_path / "a.ckpt", weights_only=True)

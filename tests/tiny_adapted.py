@@ -102,6 +102,7 @@ def in_peft(folder: Path, kind: str) -> nn.Module:
     """Load a folder with the real PEFT, which must have nothing to complain about."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # what it says about configurations and keys
+        warnings.filterwarnings("ignore", ".*ensure_weight_tying.*")  # said of every adapted table that is tied
         return peft.PeftModel.from_pretrained(base_model(kind), folder).eval()  # type: ignore[no-any-return]
 
 

@@ -46,7 +46,9 @@ class GatedLoRALinear(LoRALinear):
         """Return s B A dropout(x), (..., in) -> (..., out)."""
         config = self.configs[name]
         h = F.dropout(x, config.dropout, self.training) if config.dropout else x
-        return F.linear(F.linear(h, self.lora_a[name].to(h.dtype)), self.lora_b[name].to(h.dtype)) * config.scale
+        inner = F.linear(h, self.lora_a[name].to(h.dtype))
+        out: Tensor = F.linear(inner, self.lora_b[name].to(h.dtype)) * config.scale
+        return out
 
     def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
         """Refuse: the gate depends on the input.

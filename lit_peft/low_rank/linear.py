@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_peft.adapter import Adapter, innermost
+from lit_peft.combining import low_rank
 from lit_peft.structure import widths
 from lit_peft.weights import fold
 
@@ -33,40 +36,94 @@ class LoRALinear(Adapter):
     """
 
     peft_type: ClassVar[str] = "LORA"
+    use_dora: ClassVar[bool] = False  # which sets this class can hold
+    starts: ClassVar[tuple[str, ...]] = ("default", "loaded", "gaussian", "orthogonal", "eva")
 
     def add(self, name: str, config: LoRAConfig) -> None:
-        """Make A (r, in) and B (out, r) of another named set."""
+        """Make A (r, in) and B (out, r) of another named set.
+
+        Raises:
+            ValueError: if the name is taken, or this or another set trains weights of the base itself.
+            TypeError: if the set needs another kind of adapter.
+        """
+        if self.configs and any(c.bias != "none" or c.modules_to_save for c in (config, *self.configs.values())):
+            raise ValueError(
+                f"lora.bias and lora.modules_to_save train the base itself, which all named adapters share: {name!r} "
+                "cannot stand beside another set here. Leave both out to hold several adapters."
+            )
+        kind = config.init_lora_weights
+        if config.use_dora != self.use_dora or not kind.startswith(self.starts):
+            raise TypeError(
+                f"A {type(self).__name__} cannot hold a set with use_dora={config.use_dora} and {kind} start. Add sets "
+                "of one kind, or `join` them."
+            )
         super().add(name, config)
         if "lora_a" not in self._modules:
             self.lora_a = nn.ParameterDict()
             self.lora_b = nn.ParameterDict()
-        wide, tall = widths(innermost(self.base))
         device = next(self.base.parameters()).device
-        a = torch.empty(config.r, wide, device=device, dtype=torch.float32)
-        b = torch.zeros(tall, config.r, device=device, dtype=torch.float32)
+        first, second = self.pair_shapes(config)
+        a = torch.empty(first, device=device, dtype=torch.float32)
+        b = torch.zeros(second, device=device, dtype=torch.float32)
         if device.type != "meta":
             self.start(a, b, config)
         self.lora_a[name] = nn.Parameter(a)
         self.lora_b[name] = nn.Parameter(b)
 
+    def pair_shapes(self, config: LoRAConfig) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of the parameters A and B."""
+        wide, tall = widths(innermost(self.base))
+        return (config.r, wide), (tall, config.r)
+
     def start(self, a: Tensor, b: Tensor, config: LoRAConfig) -> None:
         """Fill A (r, in), empty so far, and B (out, r), zero so far, with their starting values."""
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(a, std=1 / config.r)
+        elif config.init_lora_weights == "orthogonal":
+            orthogonal(a, b)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
 
     def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s B A dropout(x): (..., in), (..., out) -> (..., out)."""
         config: LoRAConfig = self.configs[name]
-        a, b = self.lora_a[name], self.lora_b[name]
+        a, b = self.pair(name)
         h: Tensor = F.dropout(x, config.dropout, self.training) if config.dropout else x
         h = F.linear(h, a.to(h.dtype))
         # addmm adds B h to y in one pass, with no temporary of the output's size
         rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype)
         return torch.addmm(rows, h, b.t().to(y.dtype), alpha=config.scale).view(y.shape)
 
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return A (rank, in) and B (out, rank) as they are multiplied."""
+        return self.lora_a[name], self.lora_b[name]
+
     def delta(self, name: str) -> Tensor:
-        """Return s B A, (out, in), in float32."""
-        delta: Tensor = self.configs[name].scale * (self.lora_b[name].float() @ self.lora_a[name].float())
+        """Return the change of the weight s B A, (out, in), in float32."""
+        a, b = self.pair(name)
+        delta: Tensor = self.configs[name].scale * (b.float() @ a.float())
         return delta
+
+    def combined(
+        self, names: Sequence[str], weights: Sequence[float], how: str, **options: Any
+    ) -> tuple[LoRAConfig, dict[str, Tensor]]:
+        """Return a weighted combination of some sets, as one set of scale 1.
+
+        Raises:
+            TypeError: if the update of a set is not s B A alone.
+        """
+        configs: list[LoRAConfig] = [self.configs[name] for name in names]
+        other = any(getattr(type(self), part) is not getattr(LoRALinear, part) for part in ("pair", "delta", "change"))
+        if other or any(config.use_dora for config in configs):
+            return super().combined(names, weights, how, **options)
+        with torch.no_grad():
+            pairs = [(self.lora_a[n], self.lora_b[n], c.scale) for n, c in zip(names, configs, strict=True)]
+            options.pop("absent")  # a set without this layer changes nothing there
+            a, b = low_rank(pairs, weights, how, **options)
+        r = a.shape[0]
+        alpha = math.sqrt(r) if configs[0].use_rslora else float(r)
+        plain: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": "loaded"}
+        return replace(configs[0], r=r, alpha=alpha, **plain), {"lora_A.weight": a, "lora_B.weight": b}
 
     def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
         """Fold s B A into W: added in float32, rounded once to the base's dtype."""
@@ -79,3 +136,30 @@ class LoRALinear(Adapter):
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return A and B under HF PEFT's names."""
         return {"lora_A.weight": self.lora_a[name].detach(), "lora_B.weight": self.lora_b[name].detach()}
+
+    def stored_rank(self, name: str) -> int:
+        """Return the rank of A and B as `tensors` gives them, more than r where a layer holds several pairs."""
+        return int(self.configs[name].r)
+
+    def layer_settings(self, name: str = "default") -> dict[str, Any]:
+        """Return this layer's settings under HF PEFT's names, so that s stays what it is for the stored rank."""
+        config: LoRAConfig = self.configs[name]
+        rank, alpha = self.stored_rank(name), config.alpha
+        if rank != config.r:
+            alpha *= math.sqrt(rank / config.r) if config.use_rslora else rank / config.r
+        return {"r": rank, "lora_alpha": alpha, "use_rslora": config.use_rslora}
+
+
+@torch.no_grad()
+def orthogonal(a: Tensor, b: Tensor) -> None:
+    """Fill A (r, in) and B (out, r) from the odd and the even rows of one random orthogonal matrix, so that B A = 0.
+
+    Raises:
+        ValueError: if the rank is odd.
+    """
+    r = a.shape[0]
+    if r % 2:
+        raise ValueError(f"lora.r is {r}, and an orthogonal start halves it. Choose an even rank.")
+    q, _ = torch.linalg.qr(torch.randn(r, r, device=a.device))
+    a.copy_(q[0::2].t() @ torch.randn(r // 2, a.shape[1], device=a.device) / 10)
+    b.copy_(torch.randn(b.shape[0], r // 2, device=b.device) @ q[1::2] / 10)

@@ -9,7 +9,7 @@ Models without biases (Llama, Qwen3) get zero biases on the chosen linear layers
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from lit_peft.adapter import Adapter, innermost, place
+from lit_peft.adapter import Adapter, innermost
+from lit_peft.combining import weighted
 from lit_peft.mixin import PEFT
+from lit_peft.placing import join
 from lit_peft.sites import match, widths
 
 # Modules whose output is (something) + bias. Others (an attention block's packed bias) do not add it at the end.
@@ -82,28 +84,46 @@ class BitFitBias(Adapter):
         device = next(base.parameters()).device
         self.bitfit_bias[name] = nn.Parameter(torch.zeros(size, device=device, dtype=torch.float32))
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Map (..., in) to (..., out)."""
-        names = self.active()
-        if not names:
-            return self.base(x, *args, **kwargs)  # type: ignore[no-any-return]
-        change = sum(self.bitfit_bias[name] for name in names)
-        if type(self.base) is nn.Linear:  # one kernel with the bias inside, as in a model that has it
+        shares = self.shares(x)
+        if type(self.base) is nn.Linear and shares and all(rows is None for _, rows in shares):
+            # one kernel with the bias inside, as in a model that has it
+            change = sum(self.bitfit_bias[name] for name, _ in shares)
             bias = change if self.base.bias is None else self.base.bias + change
-            return F.linear(x, self.base.weight, bias.to(self.base.weight.dtype))
-        y = self.base(x, *args, **kwargs)
-        return y + change.to(y.dtype)  # type: ignore[no-any-return, union-attr]
+            y: Tensor = F.linear(x, self.base.weight, bias.to(self.base.weight.dtype))
+            return y
+        return super().forward(x, *args, **kwargs)
+
+    def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + d: (..., out) -> (..., out)."""
+        change: Tensor = self.bitfit_bias[name]
+        return y + change.to(y.dtype)
 
     def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
         """Add d to the base's bias, creating it where there was none."""
         with torch.no_grad():
             for name in self.active() if names is None else names:
+                if name not in self.configs:
+                    continue
                 change = self.bitfit_bias[name]
                 old = self.base._parameters.get("bias")
                 dtype = self.base.weight.dtype if old is None else old.dtype
                 new = change if old is None else old.float() + change
                 self.base.bias = nn.Parameter(new.to(dtype), requires_grad=False)
         return self.base
+
+    def combined(
+        self, names: Sequence[str], weights: Sequence[float], how: str, **options: Any
+    ) -> tuple[BitFitConfig, dict[str, Tensor]]:
+        """Return the weighted sum of the changes d, or what another rule makes of them.
+
+        Raises:
+            ValueError: for a rule that is for low ranks only.
+        """
+        changes = [self.bitfit_bias[name].detach() for name in names]
+        change = weighted(changes, weights, how, density=options["density"], generator=options["generator"])
+        return self.configs[names[0]], {"bitfit_bias": change}
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return the change as `{"bitfit_bias": (out,)}`."""
@@ -141,7 +161,7 @@ class BitFit(PEFT):
                 f"BitFit: this model has no bias on {created} of the {len(paths)} chosen layers; zero biases are "
                 "created there. They are part of the adapter."
             )
-        place(self.model, paths, lambda base: BitFitBias(base, self.bitfit))
+        join(self.model, dict.fromkeys(paths, self.bitfit), lambda base: BitFitBias, self.placing)
 
     def _targets(self, model: nn.Module) -> tuple[list[str], int]:
         """Return the layers to adapt and how many of them have no bias yet."""
@@ -175,6 +195,18 @@ class BitFit(PEFT):
         super().adopt(config)
         if config.get("peft_type") == "LIT_BITFIT":
             self.bitfit = self.configured(BitFitConfig, "bitfit", BitFitConfig.from_peft(config))
+
+    def gathered(self, layers: Mapping[str, Any]) -> BitFitConfig:
+        """Return the configuration of a combined adapter.
+
+        Raises:
+            ValueError: if the adapters do not have the same settings.
+        """
+        if any(config != self.bitfit for config in layers.values()):
+            raise ValueError(
+                "BitFit combines adapters of the same bitfit.target_modules. Let these act together instead."
+            )
+        return self.bitfit
 
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`."""

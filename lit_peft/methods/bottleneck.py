@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from lit_peft.adapter import Adapter, innermost, join
+from lit_peft.adapter import Adapter, innermost
 from lit_peft.gates import Gates
 from lit_peft.mixin import PEFT
+from lit_peft.placing import join
 from lit_peft.selection import telling, told
 from lit_peft.sites import geometry, is_causal
 
@@ -186,11 +187,11 @@ class Bottleneck(Adapter):
 class BottleneckInNorm(Bottleneck):
     """A bottleneck on the sum in front of a norm: LN(v) -> LN(v + f(LN(v))), as Pfeiffer has it for post-LN models."""
 
-    def forward(self, v: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Normalise v, and v + f(LN(v))."""
-        z = self.base(v, *args, **kwargs)
-        total = self.plus(v, z)
-        return z if total is v else self.base(total, *args, **kwargs)
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Normalise x, and x + f(LN(x))."""
+        z = self.base(x, *args, **kwargs)
+        total = self.plus(x, z)
+        return z if total is x else self.base(total, *args, **kwargs)
 
 
 class BottleneckBeside(Bottleneck):
@@ -224,7 +225,8 @@ def dropped(layers: int) -> AbstractContextManager[None]:
 
 def first(out: Any) -> Tensor:
     """Return a module's output, or the first of its outputs."""
-    return out[0] if isinstance(out, tuple) else out
+    found: Tensor = out[0] if isinstance(out, tuple) else out
+    return found
 
 
 def with_first(out: Any, y: Tensor) -> Any:
@@ -244,7 +246,7 @@ class Bottlenecks(PEFT):
             f"{type(self).__name__} does not say where adapters go. Use Houlsby, Pfeiffer, ParallelAdapter."
         )
 
-    def kind(self, module: nn.Module) -> type[Adapter]:
+    def bottleneck_class(self, module: nn.Module) -> type[Adapter]:
         """Return the adapter's class for one module."""
         return Bottleneck
 
@@ -263,7 +265,7 @@ class Bottlenecks(PEFT):
             raise ValueError("bottleneck.leave_out leaves no layer to adapt.")
         model = self.model
         where = {path: replace(config, causal=is_causal(model, path), layer=sites[path]) for path in paths}
-        join(model, where, self.kind)
+        join(model, where, self.bottleneck_class, self.placing)
         self.depth = max(sites.values()) + 1
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

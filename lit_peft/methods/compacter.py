@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from lit_peft.adapter import Adapter, innermost, join
+from lit_peft.adapter import Adapter, innermost
 from lit_peft.methods.bottleneck import first, with_first
 from lit_peft.mixin import PEFT
+from lit_peft.placing import join
 from lit_peft.selection import telling, told
 from lit_peft.sites import geometry, hosts
 from lit_peft.sublayers import after
@@ -171,7 +172,7 @@ def kronecker(x: Tensor, rule: Tensor, s: Tensor, t: Tensor, bias: Tensor) -> Te
         [[8.0, 8.0, 8.0, 8.0, 8.0, 8.0]]
     """
     dtype, n = x.dtype, rule.shape[0]
-    blocks = x.unflatten(-1, (n, -1))  # (..., b, p)
+    blocks = x.reshape(*x.shape[:-1], n, -1)  # (..., b, p)
     inner = F.linear(blocks, s.to(dtype))  # (..., b, i): each block against each s_i
     inner = torch.einsum("...bi,iba->...ai", inner, rule.to(dtype))
     return (inner @ t.to(dtype)).flatten(-2) + bias.to(dtype)
@@ -201,9 +202,9 @@ class Compacter(PEFT):
         config = self.compacter.sized(geometry(self.model).hidden)
         attentions, forwards = after(self.model)
         sites = forwards if config.only_feed_forward else {**attentions, **forwards}
-        join(self.model, dict.fromkeys(sites, config), lambda base: CompacterAdapter)
+        join(self.model, dict.fromkeys(sites, config), lambda base: CompacterAdapter, self.placing)
         paths = hosts(self.model)
-        join(self.model, dict.fromkeys(paths, config), lambda base: CompacterRule)
+        join(self.model, dict.fromkeys(paths, config), lambda base: CompacterRule, self.placing)
         # encoder and decoder are called one after the other, yet there is one rule: the same tensors in both
         found = [self.model.get_submodule(path) for path in paths]
         for other in found[1:]:

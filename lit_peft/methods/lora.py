@@ -8,146 +8,56 @@ A starts Kaiming-uniform, B at zero: the adapted model starts as the base model,
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_peft.adapter import Adapter, innermost, join, named_adapters
+from lit_peft.adapter import Adapter, innermost, named_adapters, remember
+from lit_peft.low_rank import dora, residual
+from lit_peft.low_rank.convolution import CONVOLUTIONS, LoRAConv, check_groups
+from lit_peft.low_rank.embedding import LoRAEmbedding
+from lit_peft.low_rank.fused import LoRAFused, is_fused, note_slices
+from lit_peft.low_rank.in_place import bias_names, inside, parameters_of, refuse_unused, untie, whole_modules
 from lit_peft.low_rank.linear import LoRALinear
+from lit_peft.methods.lora_config import LoRAConfig as LoRAConfig
 from lit_peft.mixin import PEFT
-from lit_peft.sites import match
-from lit_peft.targets import KEYS, stored_targets
+from lit_peft.placing import join
+from lit_peft.sites import is_linear, match
+from lit_peft.targets import KEYS, OWN, bare, patterns, saved_modules, stored_layers, stored_targets
 
-# PEFT's settings that leave plain LoRA's formula as it is, or are read below; any other must be off.
-PLAIN = frozenset(
-    "peft_type task_type auto_mapping base_model_name_or_path revision inference_mode peft_version runtime_config "
-    "r lora_alpha lora_dropout use_rslora target_modules exclude_modules layers_to_transform layers_pattern "
-    "modules_to_save fan_in_fan_out init_lora_weights loftq_config eva_config corda_config lora_ga_config "
-    f"velora_config megatron_core qalora_group_size ensure_weight_tying {KEYS}".split()
-)
-# Values of init_lora_weights that do not change the base; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do.
-KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+LEAVES = ("lora_A.weight", "lora_embedding_A")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoRAConfig:
-    """Settings of LoRA.
-
-    Args:
-        r: rank of the update.
-        alpha: numerator of the scale s = alpha / r.
-        dropout: dropout on the adapter's input.
-        target_modules: which linear layers: `all-linear`, a role (`attention`, `feed-forward`), a list of endings of
-            module paths, or one regular expression over whole paths.
-        exclude_modules: layers to leave out, written like target_modules; wins over it.
-        layers_to_transform: only these transformer layers, by number; None: all.
-        rank_pattern: ranks of single layers, by a regular expression for the end of the path: `{"q_proj": 16}`.
-        alpha_pattern: alphas of single layers, written like rank_pattern.
-        modules_to_save: modules that are trained whole and saved with the adapter, by the end of their path.
-        bias: which biases of the base are trained too: `none`, `all`, or `lora_only` for those of adapted layers.
-        use_rslora: scale by alpha / sqrt(r) instead.
-        use_dora: train a magnitude for each output, and the low rank for the direction only (DoRA).
-        init_lora_weights: how A and B start: `default` (Kaiming-uniform A, zero B), `gaussian`, `orthogonal`, or from
-            the base's weight (`pissa`, `olora`), or from its inputs (`eva`).
-        enable_lora: for fused query-key-value layers: which of the three get an update of their own; None: one update
-            for the whole layer.
-        loraplus_lr_ratio: learning rate of B over that of A (LoRA+).
-        loraplus_lr_embedding: learning rate of adapted embeddings under LoRA+.
-
-    Raises:
-        ValueError: if a value is out of range.
-    """
-
-    r: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    target_modules: list[str] | str = "all-linear"
-    exclude_modules: list[str] | str | None = None
-    layers_to_transform: int | list[int] | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    modules_to_save: list[str] | None = None
-    bias: Literal["none", "all", "lora_only"] = "none"
-    use_rslora: bool = False
-    use_dora: bool = False
-    init_lora_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva"] = "default"
-    enable_lora: list[bool] | None = None
-    loraplus_lr_ratio: float = 1.0
-    loraplus_lr_embedding: float = 1e-6
-
-    default_lr: ClassVar[float] = 2e-4
-
-    def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"lora.r is {self.r}; the rank must be 1 or more.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora.dropout is {self.dropout}; it must be at least 0 and below 1.")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"lora.alpha is {self.alpha}; it must be above 0.")
-        if not self.target_modules:
-            raise ValueError("lora.target_modules is empty. Name some, or leave it out for all linear layers.")
-
-    @property
-    def scale(self) -> float:
-        """The factor s in front of B A."""
-        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-    def at(self, path: str) -> LoRAConfig:
-        """Return the settings of one layer: rank and alpha as the patterns say."""
-        r, alpha = _find(self.rank_pattern, path, self.r), _find(self.alpha_pattern, path, self.alpha)
-        return self if (r, alpha) == (self.r, self.alpha) else replace(self, r=r, alpha=alpha)
-
-    def to_peft(self) -> dict[str, Any]:
-        """Return the settings under HF PEFT's names."""
-        return {
-            "peft_type": "LORA",
-            "r": self.r,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "use_rslora": self.use_rslora,
-            "bias": "none",
-        }
-
-    @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> LoRAConfig:
-        """Read HF PEFT's settings.
-
-        Raises:
-            ValueError: for a LoRA variant that changes the formula and is not known here.
-        """
-        init = config.get("init_lora_weights", True)
-        if init not in KEEPS_BASE:
-            raise ValueError(
-                f"This adapter has init_lora_weights={init!r}, which changed its base model. Save it again as plain "
-                "LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
-            )
-        for key, value in config.items():
-            if key not in PLAIN and value not in (None, False, [], {}, "none"):
-                raise ValueError(f"This adapter uses {key}={value!r}, which plain LoRA does not have.")
-        if not config.get("target_modules"):
-            raise ValueError("adapter_config.json names no target_modules. Add the list of adapted layers to the file.")
-        return cls(
-            r=config.get("r", 8),
-            alpha=config.get("lora_alpha", 8),
-            dropout=config.get("lora_dropout", 0.0),
-            target_modules=config["target_modules"],
-            exclude_modules=config.get("exclude_modules"),
-            use_rslora=config.get("use_rslora", False),
-        )
-
-
-def _find(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)), default)
+def adaptable(module: nn.Module) -> bool:
+    """Whether LoRA can stand around a module that is named."""
+    return is_linear(module) or isinstance(module, (nn.Embedding, *CONVOLUTIONS))
 
 
 def layer_class(config: LoRAConfig, module: nn.Module) -> type[Adapter]:
     """Return the class of adapter for one module."""
+    if config.use_dora:
+        return dora.DoRALinear
+    if config.residual:
+        return residual.ResidualLinear
+    if isinstance(module, nn.Embedding):
+        return LoRAEmbedding
+    if isinstance(module, CONVOLUTIONS):
+        return LoRAConv
+    if config.enable_lora is not None and is_fused(module):
+        return LoRAFused
     return LoRALinear
+
+
+def check_layer(path: str, config: LoRAConfig, module: nn.Module) -> None:
+    """Raise a ValueError where a variant of LoRA cannot adapt a layer."""
+    if config.use_dora:
+        dora.check_layer(path, module)
+    if config.residual:
+        residual.check_layer(path, module, config)
 
 
 class LoRA(PEFT):
@@ -162,18 +72,73 @@ class LoRA(PEFT):
     """
 
     method = "lora"
+    default_lr: ClassVar[float] = LoRAConfig.default_lr
     preset: ClassVar[dict[str, Any]] = {}  # what a variant fixes in the configuration, whatever else the user sets
 
     def __init__(self, *args: Any, lora: LoRAConfig = LoRAConfig(), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.lora = self.configured(LoRAConfig, "lora", lora, **self.preset)
+        self.lora = self.configured(LoRAConfig, "lora", lora, **self.fixed(lora))
+
+    @classmethod
+    def fixed(cls, given: LoRAConfig | Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what this variant fixes in a given configuration: nothing in one that came with its weights."""
+        start = given.get("init_lora_weights") if isinstance(given, Mapping) else given.init_lora_weights
+        if start == "loaded":
+            return {}
+        return {key: value for c in reversed(cls.__mro__) for key, value in c.__dict__.get("preset", {}).items()}
+
+    _in_place: frozenset[str] = frozenset()  # what is trained of the base itself, by name in the plain model
 
     def place_adapters(self) -> None:
-        """Put a `LoRALinear` around every target."""
+        """Put an adapter of the right kind around every target; note which weights of the base are trained too.
+
+        Raises:
+            ValueError: if targets, patterns or modules do not fit this model; nothing is changed then.
+        """
         super().place_adapters()
         assert self.model is not None
-        paths = match(self.model, self.lora.target_modules, exclude_modules=self.lora.exclude_modules)
-        join(self.model, {path: self.lora.at(path) for path in paths}, lambda base: layer_class(self.lora, base))
+        model, config = self.model, self.lora
+        saved = whole_modules(model, config.modules_to_save)
+        paths = match(
+            model,
+            config.target_modules,
+            exclude_modules=config.exclude_modules,
+            layers_to_transform=config.layers_to_transform,
+            kinds=adaptable,
+        )
+        refuse_unused(model, [*map(bare, paths), *saved])
+        paths = [path for path in paths if not inside(bare(path), saved)]
+        if not paths:
+            raise ValueError(f"lora.modules_to_save {config.modules_to_save} leaves no layer to adapt. Name fewer.")
+        layers = config.of_layers(paths)
+        for path in paths:
+            base = innermost(model.get_submodule(path))
+            check_layer(path, layers[path], base)
+            if isinstance(base, CONVOLUTIONS):
+                check_groups(layers[path], base)
+        if config.enable_lora is not None:
+            note_slices(model, paths)
+        in_place = bias_names(model, config.bias, paths) | parameters_of(model, saved)
+        join(model, layers, self.adapter_class, self.placing)
+        untie(model, saved)
+        remember(
+            model,
+            [(n, p) for n, p in model.named_parameters() if bare(n) in in_place and not self.is_trainable(n, p)],
+        )
+        self._in_place = frozenset(in_place)
+
+    def is_trainable(self, name: str, parameter: nn.Parameter) -> bool:
+        """Modules to save and the chosen biases are."""
+        return super().is_trainable(name, parameter) or (bool(self._in_place) and bare(name) in self._in_place)
+
+    def adapter_class(self, base: nn.Module) -> type[Adapter]:
+        """Return the class of adapter for one module."""
+        return layer_class(self.lora, base)
+
+    def learning_rate(self, name: str, parameter: nn.Parameter) -> float | None:
+        """Return this variant's rate for its own weights."""
+        preferred = super().learning_rate(name, parameter)
+        return self.default_lr if preferred == LoRAConfig.default_lr and "lora_" in name else preferred
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take rank, scale and targets from an adapter folder.
@@ -185,15 +150,59 @@ class LoRA(PEFT):
         if config.get("peft_type") == "LORA":
             assert self.model is not None
             plain = LoRAConfig.from_peft(config)  # refuses what is no plain LoRA before its layers are looked at
-            targets = stored_targets(config, "lora_A.weight", (path for path, _ in self.model.named_modules()))
-            self.lora = self.configured(LoRAConfig, "lora", plain, target_modules=targets, exclude_modules=None)
+            modules = [bare(path) for path, _ in self.model.named_modules()]
+            targets = stored_targets(config, LEAVES, modules)
+            layers = {path: plain.at(path) for path in stored_layers(config, LEAVES)}
+            found = {
+                "rank_pattern": patterns({path: layer.r for path, layer in layers.items()}, plain.r),
+                "alpha_pattern": patterns({path: layer.alpha for path, layer in layers.items()}, plain.alpha),
+                **(config.get(OWN) or {}),
+            }
+            self.lora = self.configured(
+                LoRAConfig,
+                "lora",
+                plain,
+                target_modules=targets,
+                exclude_modules=None,
+                modules_to_save=self._saved(self.model, config, modules) or None,
+                bias=plain.bias if any(key.endswith(".bias") for key in config[KEYS]) else "none",
+                **found,
+            )
+
+    def _saved(self, model: nn.Module, config: Mapping[str, Any], modules: list[str]) -> list[str]:
+        """Return the modules that a folder holds whole, but for those that the task trains anyway (its head)."""
+        found = saved_modules(config, modules)
+        return [
+            path
+            for path in found
+            if not inside(path, [other for other in found if other != path])
+            and not all(self.is_trainable(f"{path}.{n}", p) for n, p in model.get_submodule(path).named_parameters())
+        ]
+
+    def gathered(self, layers: Mapping[str, Any]) -> LoRAConfig:
+        """Return the configuration of a combined adapter: each layer by its path, with its own rank."""
+        first: LoRAConfig = next(iter(layers.values()))
+        others = {re.escape(path): config for path, config in layers.items() if config != first}
+        return replace(
+            first,
+            target_modules=sorted(layers),
+            exclude_modules=None,
+            layers_to_transform=None,
+            rank_pattern={path: config.r for path, config in others.items()},
+            alpha_pattern={path: config.alpha for path, config in others.items()},
+        )
 
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`."""
         assert self.model is not None
         placed = (innermost(a) for _, a in named_adapters(self.model) if isinstance(a, LoRALinear))
         # PEFT sets this by itself on GPT-2, with a warning
-        return [*super().parts(), {**self.lora.to_peft(), "fan_in_fan_out": any(isinstance(m, Conv1D) for m in placed)}]
+        transposed = any(isinstance(m, Conv1D) or getattr(m, "transposed", False) for m in placed)
+        part = {**self.lora.to_peft(), "fan_in_fan_out": transposed}
+        if self.lora.enable_lora is not None:  # PEFT reads one pair of a higher rank; these say what it is made of
+            words = ("enable_lora", "r", "alpha", "rank_pattern", "alpha_pattern")
+            part[OWN] = {word: getattr(self.lora, word) for word in words}
+        return [*super().parts(), part]
 
 
 class RsLoRA(LoRA):

@@ -60,7 +60,7 @@ class ParallelAdapter(Bottlenecks):
         assert self.model is not None
         return beside(self.model)
 
-    def kind(self, module: nn.Module) -> type[Adapter]:
+    def bottleneck_class(self, module: nn.Module) -> type[Adapter]:
         """Return the adapter around BERT's module that adds and normalises, or around a feed-forward block."""
         post = any(is_norm(child) for child in module.children())
         return BottleneckBesideNorm if post else BottleneckBeside

@@ -54,6 +54,6 @@ class Pfeiffer(Bottlenecks):
         assert self.model is not None
         return on_sum(self.model)
 
-    def kind(self, module: nn.Module) -> type[Adapter]:
+    def bottleneck_class(self, module: nn.Module) -> type[Adapter]:
         """Return the adapter around a norm (post-LN models) or around a layer."""
         return BottleneckInNorm if is_norm(module) else Bottleneck

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_peft.adapter import Adapter, innermost, join, named_adapters
+from lit_peft.adapter import Adapter, innermost, named_adapters
 from lit_peft.gates import Gates
 from lit_peft.mixin import PEFT
+from lit_peft.placing import join
 from lit_peft.prefixed import GATE, KEYWORD, Prefix, prepare
 from lit_peft.sites import attention_cores, geometry, hosts, is_causal, is_linear, widths
 
@@ -217,9 +218,9 @@ class PrefixTuning(PEFT):
         assert self.model is not None
         cores = {} if self.prefix.gate is False else dict.fromkeys(attention_cores(self.model), self.prefix)
         causal = {path: is_causal(self.model, path) for path in cores}
-        join(self.model, dict.fromkeys(hosts(self.model), self.prefix), lambda base: PrefixBackbone)
+        join(self.model, dict.fromkeys(hosts(self.model), self.prefix), lambda base: PrefixBackbone, self.placing)
         for path in attention_cores(self.model) if cores else []:  # their paths have changed
-            join(self.model, {path: self.prefix}, lambda base: PrefixGate)
+            join(self.model, {path: self.prefix}, lambda base: PrefixGate, self.placing)
         for adapter, is_decoder in zip(_gates(self.model), causal.values(), strict=True):
             adapter.causal = is_decoder
 

@@ -16,8 +16,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lit_peft.adapter import Adapter, innermost, join, named_adapters
+from lit_peft.adapter import Adapter, innermost, named_adapters
 from lit_peft.mixin import PEFT
+from lit_peft.placing import join
 from lit_peft.sites import geometry, hosts, is_causal, stacks
 
 COMMONEST = 5000
@@ -105,7 +106,7 @@ class PromptBackbone(Adapter):
             start = start.index_add(0, rows, torch.full_like(rows, len(own)))
         return prompt, seen
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -220,28 +221,28 @@ class PromptTuning(PEFT):
         super().place_adapters()
         assert self.model is not None
         paths = hosts(self.model)
-        inner: Any = self.model
-        encoder_only = not getattr(inner.config, "is_encoder_decoder", False) and not is_causal(
-            self.model, stacks(self.model)[0][0]
-        )
+        config: Any = getattr(self.model, "config", None)
+        seq2seq = getattr(config, "is_encoder_decoder", False)
+        encoder_only = not seq2seq and not is_causal(self.model, stacks(self.model)[0][0])
         after = encoder_only if self.prompt.after_bos is None else self.prompt.after_bos
         settings = replace(self.prompt, after_bos=after)
-        join(self.model, {paths[0]: settings}, lambda base: self.backbone_class)
+        join(self.model, {paths[0]: settings}, lambda base: self.backbone_class, self.placing)
         if len(paths) > 1:
-            join(self.model, dict.fromkeys(paths[1:], settings), lambda base: PromptReader)
+            join(self.model, dict.fromkeys(paths[1:], settings), lambda base: PromptReader, self.placing)
         self.start_prompt()
 
     def start_prompt(self) -> None:
         """Fill the prompt with embeddings of words, unless it starts at random."""
         assert self.model is not None
         for _, adapter in named_adapters(self.model):
-            if isinstance(adapter, PromptBackbone) and self.prompt.init != "random":
+            if isinstance(adapter, PromptBackbone) and self.placing in adapter.configs and self.prompt.init != "random":
                 table: Any = adapter.embedding()
-                rows = adapter.prompt_embedding["default"]
+                rows = adapter.prompt_embedding[self.placing]
                 if rows.device.type == "meta":
                     continue
                 if self.prompt.init == "text":
-                    ids = list(self.tokenizer(self.prompt.init_text, add_special_tokens=False)["input_ids"])  # type: ignore[attr-defined]
+                    tokenizer: Any = self.tokenizer
+                    ids = list(tokenizer(self.prompt.init_text, add_special_tokens=False)["input_ids"])
                     if not ids:
                         raise ValueError(f"prompt.init_text {self.prompt.init_text!r} has no tokens.")
                     chosen = torch.tensor([ids[i % len(ids)] for i in range(len(rows))])

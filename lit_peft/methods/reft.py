@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_peft.adapter import Adapter, join
+from lit_peft.adapter import Adapter
 from lit_peft.methods.bottleneck import first, with_first
 from lit_peft.mixin import PEFT
+from lit_peft.placing import join
 from lit_peft.sites import geometry, hosts, stacks
 
 EDIT = "reft_edit"  # keyword on the way from the stack to its layers: which positions are edited
@@ -166,11 +167,13 @@ class LoReFTLayer(Adapter):
         dtype = h.dtype
         q = orthonormal(self.reft_rotation[name][place]).to(dtype)
         inner = F.linear(h, self.reft_source[name][place].to(dtype), self.reft_bias[name][place].to(dtype)) - h @ q
-        return self.dropped(name, inner) @ q.t()
+        edit: Tensor = self.dropped(name, inner) @ q.t()
+        return edit
 
     def dropped(self, name: str, inner: Tensor) -> Tensor:
         """Return the edit's coordinates after dropout."""
-        return F.dropout(inner, self.configs[name].dropout, self.training)
+        dropped: Tensor = F.dropout(inner, self.configs[name].dropout, self.training)
+        return dropped
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base and edit its (first) output."""
@@ -207,7 +210,8 @@ class DiReFTLayer(LoReFTLayer):
         """Return W_2^T (W_1 h + b) for rows h (n, d)."""
         dtype = h.dtype
         inner = F.linear(h, self.reft_source[name][place].to(dtype), self.reft_bias[name][place].to(dtype))
-        return self.dropped(name, inner) @ self.reft_rotation[name][place].t().to(dtype)
+        edit: Tensor = self.dropped(name, inner) @ self.reft_rotation[name][place].t().to(dtype)
+        return edit
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
@@ -237,8 +241,8 @@ class ReFT(PEFT):
         if unknown:
             raise ValueError(f"reft.layers_to_transform names layer {unknown[0]}; layers are 0 to {len(stack) - 1}.")
         config = replace(self.reft, hidden_size=geometry(self.model).hidden)
-        join(self.model, {stack[number]: config for number in chosen}, lambda base: self.layer)
-        join(self.model, {hosts(self.model)[0]: config}, lambda base: ReFTStack)
+        join(self.model, {stack[number]: config for number in chosen}, lambda base: self.layer, self.placing)
+        join(self.model, {hosts(self.model)[0]: config}, lambda base: ReFTStack, self.placing)
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the task's step; tokens without a label, in front of the answer, are the prompt."""
@@ -266,7 +270,8 @@ def prompt_of(batch: Any) -> Tensor | None:
     """Return which tokens (batch, length) come before the first label; None where labels do not follow the text."""
     if not isinstance(batch, Mapping) or "labels" not in batch or "input_ids" not in batch:
         return None
-    labels, ids = batch["labels"], batch["input_ids"]
+    labels: Tensor = batch["labels"]
+    ids: Tensor = batch["input_ids"]
     if labels.shape != ids.shape:
         return None
     return (labels != -100).long().cumsum(1) == 0

@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lit_peft.adapter import Adapter, join
+from lit_peft.adapter import Adapter
 from lit_peft.gates import watched
 from lit_peft.low_rank.gated import GatedLoRALinear
 from lit_peft.methods.lora import LoRA, LoRAConfig
 from lit_peft.methods.pfeiffer import Pfeiffer, PfeifferConfig
 from lit_peft.methods.prefix import PrefixConfig, PrefixTuning
+from lit_peft.placing import join
 from lit_peft.selection import telling
 from lit_peft.sites import hosts, is_causal, linears, match
 
@@ -117,10 +118,10 @@ class UniPELT(LoRA, PrefixTuning, Pfeiffer):
                 raise ValueError("Found no query and value layers. Name them in lora.target_modules.")
         paths = match(model, targets, exclude_modules=self.lora.exclude_modules)
         where = {path: replace(self.lora, causal=is_causal(model, path)) for path in paths}
-        join(model, where, lambda base: GatedLoRALinear)
+        join(model, where, lambda base: GatedLoRALinear, self.placing)
         encoders = [path for path in hosts(model) if not is_causal(model, path)]
         if encoders:
-            join(model, dict.fromkeys(encoders, self.lora), lambda base: GatePadding)
+            join(model, dict.fromkeys(encoders, self.lora), lambda base: GatePadding, self.placing)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task's step and log the mean of each part's gates."""

@@ -7,15 +7,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from lit_peft import backbone as backbones
 from lit_peft.module import AdaptableModule
-
-FALLBACK_LR = 2e-5  # for weights whose owner has no preference: that of full fine-tuning
 
 
 class NonFiniteLossError(RuntimeError):
@@ -31,9 +28,13 @@ class Task(AdaptableModule):
         dtype: `float32`, `bfloat16`, `float16` or `auto` (as stored); None lets the method choose.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None lets transformers choose.
         trust_remote_code: run model code from the hub. Off unless you ask for it.
+        quantize: `nf4` stores the frozen linear layers in four bits (QLoRA), under any method that leaves them frozen;
+            `none` as they are; None lets the method choose.
+        double_quant: under `nf4`, store the scales of the blocks in eight bits too: 4.127 bits a weight, else 4.5.
         lr: learning rate of everything that is trained; None: each method's own.
         weight_decay: applied to matrices, never to vectors (biases, norms, gates).
-        optim: `adamw`; on CUDA also `adamw8bit` and `paged_adamw8bit` (bitsandbytes).
+        optim: `adamw`; on CUDA also `adamw8bit`, `paged_adamw8bit` and `paged_adamw_32bit` (bitsandbytes); None lets
+            the method choose.
         scheduler: learning rate over the run.
         warmup: share of the run with a rising learning rate.
         max_grad_norm: gradients are clipped to this norm, unless the Trainer's gradient_clip_val says otherwise.
@@ -50,9 +51,11 @@ class Task(AdaptableModule):
         dtype: str | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        quantize: Literal["nf4", "none"] | None = None,
+        double_quant: bool = True,
         lr: float | None = None,
         weight_decay: float = 0.0,
-        optim: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw",
+        optim: Literal["adamw", "adamw8bit", "paged_adamw8bit", "paged_adamw_32bit"] | None = None,
         scheduler: Literal["cosine", "linear", "constant"] = "cosine",
         warmup: float = 0.05,
         max_grad_norm: float = 1.0,
@@ -67,11 +70,15 @@ class Task(AdaptableModule):
                 raise ValueError(f"{name} is {value}; it must be 0 or more.")
         if not 0 <= warmup < 1:
             raise ValueError(f"warmup is {warmup}; it is a share of the run, at least 0 and below 1.")
+        if quantize not in (None, "nf4", "none"):
+            raise ValueError(f"quantize is {quantize!r}; it must be 'nf4' or 'none'.")
         self.backbone = backbone
         self.revision = revision
         self.dtype_name = dtype
         self.attn_implementation = attn_implementation
         self.trust_remote_code = trust_remote_code
+        self.quantize = quantize
+        self.double_quant = double_quant
         self.lr = lr
         self.weight_decay = weight_decay
         self.optim = optim
@@ -79,7 +86,6 @@ class Task(AdaptableModule):
         self.warmup = warmup
         self.max_grad_norm = max_grad_norm
         self.gradient_checkpointing = gradient_checkpointing
-        self.thaws: dict[str, float] = {}  # weights that join the training later, with their learning rates
         self.backbone_identity: dict[str, Any] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._config: Any = None
@@ -92,6 +98,8 @@ class Task(AdaptableModule):
                 "dtype": dtype,
                 "attn_implementation": attn_implementation,
                 "trust_remote_code": trust_remote_code,
+                "quantize": quantize,
+                "double_quant": double_quant,
                 "lr": lr,
                 "weight_decay": weight_decay,
                 "optim": optim,
@@ -133,6 +141,7 @@ class Task(AdaptableModule):
 
     def build_model(self, **kwargs: Any) -> nn.Module:
         """Load the backbone; tasks may pass more arguments to `from_pretrained`."""
+        quantize = self.quantize or self.preferred_quantization()
         model: nn.Module = backbones.load_model(
             self.backbone,
             auto=self.auto_class(),
@@ -140,6 +149,8 @@ class Task(AdaptableModule):
             dtype=self.dtype_name or self.preferred_dtype(),
             attn_implementation=self.attn_implementation,
             trust_remote_code=self.trust_remote_code,
+            quantize=None if quantize == "none" else quantize,
+            double_quant=self.double_quant,
             **kwargs,
         )
         return model
@@ -157,51 +168,32 @@ class Task(AdaptableModule):
 
     # The optimizer ---------------------------------------------------------------------------------------------------
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Group what is trained by learning rate and weight decay; owners' preferences count unless `lr` is set."""
-        groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
-        preferred = set()
-        for full_name, parameter in self.named_parameters():
-            name = full_name.removeprefix("model.")
-            later = name in self.thaws
-            if not (parameter.requires_grad or later):
-                continue
-            if later:
-                lr = self.thaws[name]
-            else:
-                own = self.learning_rate(name, parameter) or FALLBACK_LR
-                preferred.add(own)
-                lr = self.adjusted_learning_rate(name, parameter, own if self.lr is None else self.lr)
-            decay = self.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((lr, decay, later), []).append(parameter)
-        if not groups:
-            raise ValueError(f"{type(self).__name__} trains nothing. Add a method, class Mine(LoRA, ...), or Full.")
-        if self.lr is not None:
-            for own in sorted(preferred):
-                if not 0.1 <= self.lr / own <= 10:
-                    rank_zero_warn(f"lr {self.lr:g} is more than ten times off this method's usual {own:g}.")
-                    break
-        return [
-            {"params": parameters, "lr": lr, "weight_decay": decay, "name": f"{'thawed ' if later else ''}lr {lr:g}"}
-            for (lr, decay, later), parameters in sorted(groups.items(), key=lambda item: item[0])
-        ]
+    def parameter_groups(self, lr: float | None = None, weight_decay: float | None = None) -> list[dict[str, Any]]:
+        """Group what is trained by learning rate and weight decay; `lr` and `weight_decay` are this task's own."""
+        decay = self.weight_decay if weight_decay is None else weight_decay
+        return super().parameter_groups(self.lr if lr is None else lr, decay)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer over `parameter_groups`, with warm-up and schedule per optimizer step."""
         groups = self.parameter_groups()
         optimizer: Optimizer
-        if self.optim == "adamw":
-            sharded = any(hasattr(parameter, "full_tensor") for group in groups for parameter in group["params"])
+        sharded = any(hasattr(parameter, "full_tensor") for group in groups for parameter in group["params"])
+        optim = self.optim
+        if optim is None:  # bitsandbytes' optimizers need a GPU and whole parameters; no complaint where none was asked
+            optim = self.preferred_optim() if self.device.type == "cuda" and not sharded else "adamw"  # type: ignore[assignment]
+        if optim == "adamw":
             optimizer = torch.optim.AdamW(groups, fused=self.device.type == "cuda" and not sharded)
         else:
             if self.device.type != "cuda":
-                raise ValueError(
-                    f"optim {self.optim!r} needs a CUDA device; this is {self.device.type}. Use optim=adamw."
-                )
+                raise ValueError(f"optim {optim!r} needs a CUDA device; this is {self.device.type}. Use optim=adamw.")
             import bitsandbytes as bnb
 
-            kind = {"adamw8bit": bnb.optim.AdamW8bit, "paged_adamw8bit": bnb.optim.PagedAdamW8bit}[self.optim]
-            optimizer = kind(groups)
+            kinds = {
+                "adamw8bit": bnb.optim.AdamW8bit,
+                "paged_adamw8bit": bnb.optim.PagedAdamW8bit,
+                "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+            }
+            optimizer = kinds[str(optim)](groups)
         self._settings = [(group["lr"], group["weight_decay"]) for group in groups]
         total = self.trainer.estimated_stepping_batches
         if math.isinf(total):  # an endless run has no end to anneal towards

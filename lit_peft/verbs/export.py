@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,24 +13,35 @@ from lit_peft import hub
 from lit_peft.mixin import PEFT
 from lit_peft.quiet import quiet
 from lit_peft.restore import load
+from lit_peft.verbs.readers import READERS, Exported
 
 
-def run(path: str, out: str, to: Literal["peft", "hf"] = "peft", backbone: str | None = None) -> None:
+def run(
+    path: str,
+    out: str,
+    to: Literal["peft", "vllm", "sglang", "llama.cpp", "hf"] = "peft",
+    backbone: str | None = None,
+    name: str = "default",
+) -> None:
     """Write what was trained in a form that other libraries load, with the tokenizer and its chat template.
 
     Args:
         path: a checkpoint, a run folder, or an adapter folder.
         out: a new or empty folder.
-        to: `peft` for an adapter folder of HF PEFT, `hf` for a whole merged model.
+        to: `peft` for an adapter folder of HF PEFT; `vllm`, `sglang` or `llama.cpp` for the same, refused if that one
+            cannot load it; `hf` for a whole merged model.
         backbone: base model to use instead of the one that was noted.
+        name: which of several named adapters.
 
     Raises:
-        ValueError: if HF PEFT has no such method.
+        ValueError: if HF PEFT, or the server asked for, cannot load it.
         FileExistsError: if the folder is not empty.
     """
     if to == "hf":
         from lit_peft.verbs import merge
 
+        if name != "default":
+            raise ValueError(f"--to hf merges the adapters that act in {path}. Leave --name {name} out.")
         merge.run(path, out, backbone=backbone)
         return
     folder = Path(out)
@@ -40,23 +51,39 @@ def run(path: str, out: str, to: Literal["peft", "hf"] = "peft", backbone: str |
     module = load(path, backbone=backbone, device="cpu")
     if not isinstance(module, PEFT):
         raise ValueError(f"{path} is a whole model, which transformers loads as it is. There is no adapter to export.")
-    _check(module)
-    module.save_adapter(folder)
-    try:
+    _check(module, name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
+        draft = Path(place) / "adapter"
+        module.save_adapter(draft, name)
+        exported = described(module, draft, str(folder))
+        obstacle = READERS[to].obstacle(exported)
+        if obstacle:
+            raise ValueError(f"{READERS[to].title} cannot load this: {obstacle}. Write the merged model: --to hf.")
         tokenizer: Any = getattr(module, "tokenizer", None)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)  # nothing half-written
-        raise
+            tokenizer.save_pretrained(draft)
+        if folder.is_dir():
+            folder.rmdir()  # empty
+        draft.rename(folder)  # as a whole: nothing half-written
     console = Console(highlight=False)
     console.print(f"Wrote {escape(out)}. It loads in:")
-    for line in readers(module, folder):
-        console.print(f"  {escape(line)}", soft_wrap=True)
+    refused = []
+    for reader in READERS.values():
+        obstacle = reader.obstacle(exported)
+        if obstacle:
+            refused.append(f"{reader.title}: {obstacle}")
+        else:
+            console.print(f"  {escape(f'{reader.title}: {reader.how(exported)}')}", soft_wrap=True)
+    console.print(f"  {escape(f'lit_peft: load({out!r}), or --model.adapter {out}')}", soft_wrap=True)
+    if refused:
+        console.print("Not in (the merged model does: --to hf):")
+        for line in refused:
+            console.print(f"  {escape(line)}", soft_wrap=True)
 
 
-def _check(module: PEFT) -> None:
-    parts = module.parts()
+def _check(module: PEFT, name: str) -> None:
+    parts = module.parts_of(name)
     own = [part["peft_type"].removeprefix("LIT_").lower() for part in parts if part["peft_type"].startswith("LIT_")]
     if own:
         raise ValueError(f"HF PEFT has no {own[0]}, so it cannot load this. Write the merged model instead: --to hf.")
@@ -65,24 +92,12 @@ def _check(module: PEFT) -> None:
         raise ValueError(f"HF PEFT holds one method in a folder, and this is {names}. Use --to hf.")
 
 
-def readers(module: Any, folder: Path) -> list[str]:
-    """Return, one line each, what loads an exported adapter and how."""
-    config = hub.read_configs(folder)[0]
-    kind, base = config["task_type"], config["base_model_name_or_path"]
-    auto = {"CAUSAL_LM": "CausalLM", "SEQ_2_SEQ_LM": "Seq2SeqLM", "SEQ_CLS": "SequenceClassification"}.get(kind)
-    head = f", num_labels={len(module.labels)}" if kind == "SEQ_CLS" else ""
-    name = repr(base)
-    if str(base).startswith("package:"):
+def described(module: Any, draft: Path, folder: str) -> Exported:
+    """Return what is known of an adapter that lies in `draft` and will be in `folder`."""
+    config = hub.read_configs(draft)[0]
+    base = str(config["base_model_name_or_path"])
+    if base.startswith("package:"):
         from lit_peft.backbone import resolve
 
-        name = repr(resolve(base))  # other libraries do not know packages
-    lines = []
-    if auto:
-        model = f"AutoModelFor{auto}.from_pretrained({name}{head})"
-        lines.append(f"transformers + peft: PeftModel.from_pretrained({model}, {str(folder)!r})")
-    # vLLM refuses whole modules beside LoRA, and ranks above its setting, 16 unless told otherwise
-    if kind == "CAUSAL_LM" and config["peft_type"] == "LORA" and not config.get("modules_to_save"):
-        rank = f" --max-lora-rank {config['r']}" if config["r"] > 16 else ""
-        lines.append(f"vLLM, for architectures that it adapts: --enable-lora{rank} --lora-modules NAME={folder}")
-    lines.append(f"lit_peft: load({str(folder)!r}), or --model.adapter {folder}")
-    return lines
+        base = str(resolve(base))  # other libraries do not know packages
+    return Exported(config, folder, base, len(getattr(module, "labels", None) or []))

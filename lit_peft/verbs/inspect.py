@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,16 @@ from torch import Tensor
 
 from lit_peft import hub
 from lit_peft.catalogue import FACTS
+from lit_peft.forks import kind_of
 from lit_peft.saved import locate, merge_summary, method_of, read_checkpoint
-from lit_peft.targets import KEYS
+from lit_peft.targets import KEYS, bare
+from lit_peft.tensor_files import load_tensors, shapes
 
 COLUMNS = 7  # norms beside each other that 80 characters hold
 # Adapters' own tensors are named method-first: lora_a, lora_A.weight, bitfit_bias, ...
 _OWN = re.compile(rf"\.(?P<method>{'|'.join(sorted({facts.keyword for facts in FACTS.values()} - {''}))})_\w+")
+# from a layer's path and rank to the factor in front of its B A
+Scale = Callable[[str, int], float]
 _LAYER = re.compile(r"^(?P<stack>.*?\.\w+)\.(?P<index>\d+)\.(?P<rest>.+)$")
 
 
@@ -33,7 +37,7 @@ class Contents:
     title: str
     facts: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    scales: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, Scale] = field(default_factory=dict)
 
 
 def run(path: str) -> None:
@@ -74,38 +78,44 @@ def _checkpoint(path: Path) -> Contents:
     meta, settings = stored["lit_peft"], stored.get("hyper_parameters", {})
     versions = meta.get("versions") or {"lightning": stored.get("pytorch-lightning_version")}
     state = {k.removeprefix("model."): t for k, t in stored["state_dict"].items() if k.startswith("model.")}
-    configs = {key: value for key, value in settings.items() if isinstance(value, dict)}
-    lora = configs.get("lora", {})
-    scales = {"lora": _scale(lora["r"], lora["alpha"], lora.get("use_rslora"))} if lora else {}
+    named = settings.get("named") or {}
+    configs: dict[str, Any] = {k: v for k, v in settings.items() if isinstance(v, dict) and k != "named"}
+    scales = {key: _scale(value) for key, value in configs.items()}
+    for name, entry in named.items():
+        own = {key: value for key, value in entry.items() if isinstance(value, dict)}
+        scales |= {f"{key} {name}": _scale(value) for key, value in own.items()}
+        shown = [f"{key}: {_shown(value)}" for key, value in own.items()]
+        configs[f"adapter {name}"] = "; ".join([*shown, *([] if entry.get("train", True) else ["not trained"])])
+    active = (meta.get("adapters") or {}).get("active", [])
     facts = {
         "base": _base({"name": settings.get("backbone"), "revision": settings.get("revision"), **meta.get("base", {})}),
         "class": str(meta.get("class_path", "")),
-        **{key: _shown(value) for key, value in configs.items()},
+        **{key: value if isinstance(value, str) else _shown(value) for key, value in configs.items()},
+        "acts": ", ".join(active) if named else "",
         "progress": f"epoch {stored.get('epoch')}, step {stored.get('global_step')}",
         "optimizer": "in the file" if stored.get("optimizer_states") else "not in the file: cannot be resumed",
         "versions": ", ".join(f"{key} {value}" for key, value in versions.items() if value),
     }
     size = f"checkpoint, {path.stat().st_size / 1e6:.1f} MB"
-    return Contents(size, facts, {hub.bare(key): tensor for key, tensor in state.items()}, scales)
+    return Contents(size, facts, {bare(key): tensor for key, tensor in state.items()}, scales)
 
 
 def _adapter(folder: Path) -> Contents:
     meta, contents = hub.read_meta(folder), Contents("adapter")
     for part, config in zip(hub.part_folders(folder), hub.read_configs(folder), strict=True):
-        name = config["peft_type"].removeprefix("LIT_").lower()
+        name = kind_of(config).removeprefix("LIT_").lower()
         noted = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
         contents.facts["base"] = _base({**noted, **{k: v for k, v in meta.get("base", {}).items() if v}})
         contents.facts[name] = _shown({k: v for k, v in config.items() if k not in _NOT_SETTINGS})
         contents.facts["task"] = str(
             config.get("task_type") or (config.get("auto_mapping") or {}).get("base_model_class")
         )
-        if name == "lora":
-            contents.scales["lora"] = _scale(config.get("r", 8), config.get("lora_alpha", 8), config.get("use_rslora"))
+        contents.scales["lora" if name == "adalora" else name] = _scale(config)
         try:
-            method_of(config["peft_type"], folder)
+            method_of(kind_of(config), folder)
         except ValueError as error:
             contents.facts["note"] = str(error)
-        for key, tensor in hub.load_tensors(part / hub.WEIGHTS).items():
+        for key, tensor in load_tensors(part / hub.WEIGHTS).items():
             contents.tensors[key.removeprefix(hub.PREFIX)] = tensor
     contents.facts["labels"] = ", ".join(meta.get("labels", []))
     wrote = {"lit_peft": meta.get("lit_peft_version"), "peft": config.get("peft_version")}
@@ -127,8 +137,19 @@ _NOT_SETTINGS = {
 }
 
 
-def _scale(r: int, alpha: float, rslora: Any) -> float:
-    return float(alpha / (math.sqrt(r) if rslora else r))
+def _scale(config: Mapping[str, Any]) -> Scale:
+    """Return LoRA's scale of each layer from its settings, ours or HF PEFT's; 1 for methods without one."""
+    alpha, first = config.get("alpha", config.get("lora_alpha")), config.get("init_r")
+
+    def scale(path: str, r: int) -> float:
+        if alpha is None:
+            return 1.0
+        patterns = (config.get("alpha_pattern") or {}).items()
+        own = next((value for key, value in patterns if re.fullmatch(rf"(.*\.)?({key})", path)), alpha)
+        # AdaLoRA divides by the rank that it began with, whatever is left of it
+        return float(own / (first or (math.sqrt(r) if config.get("use_rslora") else r)))
+
+    return scale
 
 
 def _base(base: Mapping[str, Any]) -> str:
@@ -156,13 +177,16 @@ def _shown(settings: Mapping[str, Any]) -> str:
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, list[Tensor]]]:
-    """Return `{method: {module path: its tensors}}`."""
-    found: dict[str, dict[str, list[Tensor]]] = {}
+def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
+    """Return `{method: {module path: {name: tensor}}}`; sets but the first are `method name`."""
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key in sorted(tensors):
         own = _OWN.search(key)
         if own is not None:
-            found.setdefault(own["method"], {}).setdefault(key[: own.start()], []).append(tensors[key])
+            name = key[own.end() :].removeprefix(".")  # of the set, in a checkpoint; adapter folders hold one set
+            label = own["method"] if name in ("", "weight", "default") else f"{own['method']} {name}"
+            leaf = own.group().removeprefix(".").lower()
+            found.setdefault(label, {}).setdefault(key[: own.start()], {})[leaf] = tensors[key]
     return found
 
 
@@ -175,15 +199,26 @@ def _size(tensors: Mapping[str, Tensor], layers: Mapping[str, Any], rest: Mappin
     return f"{number:,} parameters ({kinds}); {'; '.join(where)}"
 
 
-def _norm(method: str, tensors: Sequence[Tensor], scales: Mapping[str, float]) -> float:
-    """Return the Frobenius norm of what is added to the layer; of LoRA's s B A without multiplying it out."""
-    if method == "lora" and len(tensors) == 2:
-        a, b = (t.double() for t in tensors)  # sorted by name: A before B
-        return float(scales.get("lora", 1.0) * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
-    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+# Names of A, B and the diagonal between them, in files of LoRA and AdaLoRA and in checkpoints
+_FACTORS = (("lora_a", "lora_embedding_a", "adalora_q"), ("lora_b", "lora_embedding_b", "adalora_p"))
+_DIAGONAL = ("lora_e", "adalora_lambda")
 
 
-def _coverage(console: Console, method: str, own: Mapping[str, list[Tensor]], contents: Contents) -> None:
+def _norm(path: str, tensors: Mapping[str, Tensor], scale: Scale | None) -> float:
+    """Return the Frobenius norm of what is added to the layer; of s B A without multiplying it out, of l - 1."""
+    pair = [next((tensors[name].double() for name in names if name in tensors), None) for names in _FACTORS]
+    a, b = pair
+    if a is not None and b is not None and a.ndim == b.ndim == 2:
+        for name in _DIAGONAL:
+            a = a * tensors[name].double().view(-1, 1) if name in tensors else a
+        factor = scale(path, a.shape[0]) if scale is not None and len(a) else 1.0
+        return float(abs(factor) * ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
+    if "ia3_l" in tensors:
+        return float((tensors["ia3_l"].double() - 1).norm())
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+
+
+def _coverage(console: Console, method: str, own: Mapping[str, Mapping[str, Tensor]], contents: Contents) -> None:
     stacks: dict[str, dict[str, dict[int, float]]] = {}
     for path, norm in _norms(method, own, contents.scales):
         match = _LAYER.match(path)
@@ -202,9 +237,11 @@ def _coverage(console: Console, method: str, own: Mapping[str, list[Tensor]], co
             _norm_table(console, {short[name]: names[name] for name in columns[start : start + COLUMNS]}, depth)
 
 
-def _norms(method: str, own: Mapping[str, list[Tensor]], scales: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+def _norms(
+    method: str, own: Mapping[str, Mapping[str, Tensor]], scales: Mapping[str, Scale]
+) -> Iterator[tuple[str, float]]:
     for path, tensors in own.items():
-        yield path, _norm(method, tensors, scales)
+        yield path, _norm(path, tensors, scales.get(method))
 
 
 def _short(names: list[str]) -> dict[str, str]:
@@ -243,7 +280,7 @@ def _in_place(console: Console, rest: Mapping[str, Tensor]) -> None:
 
 def _model(console: Console, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    files = [hub.shapes(file) for file in sorted(folder.glob("*.safetensors"))]
+    files = [shapes(file) for file in sorted(folder.glob("*.safetensors"))]
     number = sum(math.prod(shape) for file in files for shape in file.values())
     console.print(f"[bold]{escape(str(folder))}[/bold]  whole model")
     console.print(f"{', '.join(config.get('architectures') or ['unknown'])}, {number:,} parameters, no adapter")

@@ -63,6 +63,8 @@ def test_agrees_with_one_process(method: str, kind: str, results: Path) -> None:
     assert one["metrics"]
     assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
     close(two["weights"], one["weights"], 1e-4)
+    ranks = [{k: v.bool().tolist() for k, v in run["weights"].items() if "_lambda." in k} for run in (one, two)]
+    assert ranks[0] == ranks[1]
 
 
 @pytest.mark.parametrize("kind", ["one", "ddp", "fsdp2"])

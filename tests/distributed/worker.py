@@ -26,6 +26,16 @@ STEPS, HALF = 5, 2  # an epoch has three steps: HALF is in its middle
 SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"lora": {"r": 4}},
     "rslora": {"lora": {"r": 4}},
+    "relora": {"lora": {"r": 4}, "restart_every": 1},  # so that the checkpoint in the middle has base weights
+    "mora": {"mora": {"r": 2}},
+    "remora": {"mora": {"r": 2}, "restart_every": 2, "restart_warmup": 1},
+    "dora": {"lora": {"r": 4}},
+    "pissa": {"lora": {"r": 4}},
+    "olora": {"lora": {"r": 4}},
+    "eva": {"lora": {"r": 4}},
+    "loraplus": {"lora": {"r": 4}},
+    "qlora": {"lora": {"r": 4, "dropout": 0.0}, "dtype": "float32"},
+    "adalora": {"adalora": {"init_r": 4, "target_r": 2, "shrink": False}},
     "bitfit": {},
     "houlsby": {"bottleneck": {"bottleneck_size": 4}},
     "pfeiffer": {"bottleneck": {"bottleneck_size": 4}},
@@ -45,6 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "loreft": {"reft": {"r": 2}},
     "direft": {"reft": {"r": 2}},
+    "ia3": {},
     "freeze": {"freeze": {"last_layers": 1}},
     "full": {},
     "lora+bitfit": {"lora": {"r": 4}},
@@ -75,9 +86,9 @@ def strategy(name: str) -> Any:
 
 def trained(module: PEFT) -> dict[str, Tensor]:
     """Whole tensors of what was trained, on every process."""
-    found = {}
+    found, keys = {}, module.trained_keys()  # with the base weights that a restart has rewritten
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or name in keys:
             data = parameter.detach()
             found[name] = (data.full_tensor() if hasattr(data, "full_tensor") else data).clone()
     return found

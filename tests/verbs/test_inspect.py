@@ -9,12 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lit_peft import activate
 from lit_peft import backbone as backbones
+from lit_peft.adapter import Adapter, named_adapters
 from lit_peft.methods.lora import LoRALinear
 from lit_peft.verbs import inspect
 from lit_peft.zoo import compose
 from tests.models import save_tiny
 from tests.test_restore import built, checkpoint
+from tests.tiny_adapted import shake
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,64 @@ def test_pefts_folder_even_of_a_method_unknown_here(tmp_path: Path, base: Path, 
     path = tmp_path / "a" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "WARP"}))
     assert "WARP, which is not known here" in " ".join(shown(tmp_path / "a").split())
+
+
+def test_named_sets_are_told_apart(tmp_path: Path, base: Path, shown) -> None:  # type: ignore[no-untyped-def]
+    module = built(compose("lora+ia3", "sft"), base, lora={"r": 4, "target_modules": ["q_proj"]})
+    module.add_adapter("small", lora={"r": 2, "alpha": 6, "target_modules": ["q_proj", "v_proj"]}, train=False)
+    module.add_adapter("scaled", ia3={})
+    shake(module)
+    activate(module, "small", "scaled")
+    with torch.no_grad():
+        for name, parameter in module.model.named_parameters():
+            if name.endswith("lora_b.small"):
+                parameter.normal_()
+    screen = shown(checkpoint(module, tmp_path / "a.ckpt"))
+    assert "adapter small" in screen
+    assert "lora: r 2; alpha 6; dropout 0.0; target_modules q_proj, v_proj" in screen
+    assert "not trained" in screen
+    assert "acts" in screen
+    assert "small, scaled" in screen
+    assert "lora: 2 layers" in screen
+    assert "lora small: 4 layers" in screen
+    assert "ia3 scaled: 6 layers" in screen
+    below = screen.partition("lora small in")[2]
+    layer = next(
+        a for p, a in named_adapters(module.model) if p.endswith("1.self_attn.v_proj") and "small" in _names(a)
+    )
+    while not isinstance(layer, LoRALinear):
+        layer = layer.base
+    assert norm_of(below, 1, "v_proj") == pytest.approx(float(layer.delta("small").detach().norm()), rel=1e-2)
+    factors = module.model.get_submodule("model.layers.1.mlp.down_proj").ia3_l["scaled"].detach()
+    below = screen.partition("ia3 scaled in")[2]
+    assert norm_of(below, 1, "down_proj") == pytest.approx(float((factors - 1).norm()), rel=1e-2)
+
+
+def _names(adapter: Adapter | None) -> set[str]:
+    """All sets of an adapter and of those below it."""
+    found: set[str] = set()
+    while isinstance(adapter, Adapter):
+        found |= set(adapter.configs)
+        adapter = adapter.base  # type: ignore[assignment]
+    return found
+
+
+def test_adalora_of_peft(tmp_path: Path, base: Path, shown) -> None:  # type: ignore[no-untyped-def]
+    config = peft.AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=10, lora_alpha=8)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    shake(model, size=0.5)
+    model.save_pretrained(tmp_path / "a")
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj
+    expected = float(layer.get_delta_weight("default").detach().norm())
+    assert norm_of(shown(tmp_path / "a"), 1, "q_proj") == pytest.approx(expected, rel=1e-2)
+
+
+def test_ia3_of_peft(tmp_path: Path, base: Path, shown) -> None:  # type: ignore[no-untyped-def]
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.IA3Config())
+    model.save_pretrained(tmp_path / "a")
+    screen = shown(tmp_path / "a")
+    assert "ia3: 6 layers" in screen
+    assert norm_of(screen, 1, "k_proj") == 0.0 if "\n1 " in screen else "0-1" in screen
 
 
 def test_whole_model(base: Path, shown) -> None:  # type: ignore[no-untyped-def]

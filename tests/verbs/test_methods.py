@@ -2,9 +2,13 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,6 +17,18 @@ from lit_peft.adapter import Adapter
 from lit_peft.catalogue import FACTS, METHODS
 from lit_peft.mixin import PEFT
 from lit_peft.verbs import methods
+
+
+def page_maker() -> ModuleType:
+    spec = spec_from_file_location("tables", Path(__file__).parents[2] / "docs" / "tables.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+tables: Any = page_maker()
 
 
 def imported(path: str) -> Any:
@@ -45,13 +61,32 @@ def test_facts_are_true(name: str) -> None:
     assert facts.paper.startswith("https://") or name == "full"
 
 
-def test_table_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_table_fits(columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
     methods.run()
     shown = capsys.readouterr().out
-    assert all(name in shown for name in METHODS)
+    assert all(re.search(rf"^{name} ", shown, re.M) for name in METHODS)
+    assert all(re.search(rf"^{head} ", shown, re.M) for head, _ in methods.SUPPORT.values())
     assert "…" not in shown
-    assert max(map(len, shown.splitlines())) <= 80
+    assert max(map(len, shown.splitlines())) <= int(columns)
+
+
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_page_is_up_to_date(page: str) -> None:
+    text = (tables.ROOT / page).read_text()
+    assert "<!-- methods: " in text
+    assert tables.renewed(text) == text, "run: python docs/tables.py"
+
+
+def test_tables_name_every_method_and_what_it_supports() -> None:
+    for make in tables.TABLES.values():
+        heads, _, *rows = make().splitlines()
+        assert [row.split("`")[1] for row in rows] == list(METHODS)
+        assert {row.count("|") for row in rows} == {heads.count("|")}
+    bitfit = next(row for row in tables.support().splitlines() if "`bitfit`" in row).split(" | ")
+    assert bitfit[:3] == ["| `bitfit`", "yes", "-"]
+    assert "| `old` |" not in tables.renewed("<!-- methods: short -->\n| `old` |\n<!-- /methods -->\n")
 
 
 def test_one_and_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,7 +95,13 @@ def test_one_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "from lit_peft import BitFit" in shown
     assert "https://arxiv.org/abs/2106.10199" in shown
     methods.run(json=True)
-    assert list(json.loads(capsys.readouterr().out)) == list(METHODS)
+    told = json.loads(capsys.readouterr().out)
+    assert list(told) == list(METHODS)
+    assert {key: told["bitfit"][key] for key in ("merges", "peft", "sets")} == {
+        "merges": True,
+        "peft": False,
+        "sets": True,
+    }
     with pytest.raises(ValueError, match="Did you mean lora"):
         methods.run("lorra")
 

@@ -1,0 +1,160 @@
+"""DoRA: a weight's magnitude and direction apart (Liu et al. 2024, https://arxiv.org/abs/2402.09353).
+
+    y = b + (m / n) * (W x + s B A x),    n_i = |W_i + s (B A)_i|,    m (out,) starts at n
+
+n is a constant to the backward pass (section 4.3). B A (out, in) is never formed:
+
+    n_i^2 = |W_i|^2 + 2 s (B A)_i . W_i + s^2 |(B A)_i|^2
+
+with |W_i|^2 kept, the middle term from W A^T (out, r) and the last one from A A^T (r, r).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_peft.adapter import Adapter, innermost
+from lit_peft.low_rank.linear import LoRALinear
+from lit_peft.selection import Rows, acting
+from lit_peft.structure import is_linear
+from lit_peft.weights import dense, fold
+
+if TYPE_CHECKING:
+    from lit_peft.methods.lora import LoRAConfig
+
+
+def check_layer(path: str, module: nn.Module) -> None:
+    """Raise a ValueError unless DoRA can adapt this layer."""
+    if not is_linear(module):
+        raise ValueError(
+            f"DoRA adapts linear layers only, and {path} is a {type(module).__name__}. Leave it out of target_modules."
+        )
+
+
+class DoRALinear(LoRALinear):
+    """Turns the rows of W by B A and gives each a trained length m.
+
+    The base runs once. Only with dropout, in training, it runs a second time on the dropped input: the direction's two
+    terms must see the same input.
+
+    Example:
+        >>> import torch
+        >>> from lit_peft import LoRAConfig
+        >>> layer = DoRALinear(torch.nn.Linear(8, 4), LoRAConfig(r=2, use_dora=True))
+        >>> sum(p.numel() for _, p in layer.own_parameters())
+        28
+    """
+
+    use_dora: ClassVar[bool] = True
+    dora_square: Tensor | None
+
+    def add(self, name: str, config: LoRAConfig) -> None:
+        """Make A (r, in), B (out, r) and m (out,) of another named set."""
+        super().add(name, config)
+        if "lora_magnitude" not in self._modules:
+            self.lora_magnitude = nn.ParameterDict()
+            # A buffer, so that it moves with the layer; not in checkpoints, because the base tells it.
+            self.register_buffer("dora_square", None, persistent=False)
+        b = self.lora_b[name]
+        if b.device.type == "meta":
+            self.lora_magnitude[name] = nn.Parameter(torch.empty(b.shape[0], device="meta"))
+        else:
+            self.lora_magnitude[name] = nn.Parameter(self.norm(name).to(b.dtype))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move or cast the layer; what is kept of W in less than float32, or of no W, is worked out again."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        kept = self.dora_square
+        if kept is not None and (kept.dtype.itemsize < 4 or kept.is_meta):
+            self.dora_square = None
+        return self
+
+    @torch.no_grad()
+    def norm(self, name: str) -> Tensor:
+        """Return the row norms n (out,) of W + s B A, detached."""
+        weight = dense(innermost(self.base))
+        if self.dora_square is None:
+            self.dora_square = torch.linalg.vector_norm(_exact(weight), dim=1).square()
+        s = self.configs[name].scale
+        with torch.autocast(weight.device.type, enabled=False):
+            a, b = self.lora_a[name], _exact(self.lora_b[name])
+            across = _exact(F.linear(weight, a.to(weight.dtype)))  # W A^T
+            a = _exact(a)
+            square: Tensor = self.dora_square + s * (b * (2 * across + s * (b @ (a @ a.t())))).sum(1)
+        return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+
+    def _check_alone(self) -> None:
+        choice = acting(self.scope)
+        inner: list[str] = []  # names at this layer, from here to the base
+        module: nn.Module = self
+        while isinstance(module, Adapter):
+            inner += list(module.configs)
+            module = module.base
+        if isinstance(choice, Rows):
+            rows = [row for name in choice.names for row in choice.rows(name) * inner.count(name)]
+            alone = len(rows) == len(set(rows))
+        else:
+            alone = sum(inner.count(name) for name in choice) <= 1
+        if not alone:
+            raise TypeError(
+                "DoRA cannot act together with another adapter below it or another set of DoRA on the same layer. "
+                "Choose one set at a time; in a stack name dora last (--method bitfit+dora)."
+            )
+
+    def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """Return b + (m / n) (W x + s B A x): (..., in), (..., out) -> (..., out).
+
+        Raises:
+            TypeError: if another set acts on the same rows of this layer: lengths do not add up.
+        """
+        self._check_alone()
+        config: LoRAConfig = self.configs[name]
+        ratio = self.lora_magnitude[name] / self.norm(name)
+        bias: Tensor | None = innermost(self.base).bias  # type: ignore[assignment]
+        turned = y  # W x: what the ratio scales
+        if config.dropout and self.training:
+            x = F.dropout(x, config.dropout)
+            turned = self.base(x)
+        if bias is not None:
+            turned = turned - bias.to(y.dtype)
+        # ratio - 1 keeps its digits in half precision, where the ratio itself would be rounded to 1
+        y = torch.addcmul(y, turned, (ratio - 1).to(y.dtype))
+        h = F.linear(x, self.lora_a[name].to(x.dtype))
+        b = (ratio * config.scale)[:, None] * self.lora_b[name]
+        rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype)
+        return torch.addmm(rows, h, b.t().to(y.dtype)).view(y.shape)
+
+    def delta(self, name: str) -> Tensor:
+        """Return (m / n) (W + s B A) - W, (out, in), in float32 or better."""
+        weight = _exact(dense(innermost(self.base)))
+        turned = weight + super().delta(name).to(weight.device, weight.dtype)
+        n = torch.linalg.vector_norm(turned, dim=1).clamp_min(torch.finfo(turned.dtype).tiny)
+        delta: Tensor = (self.lora_magnitude[name] / n)[:, None] * turned - weight
+        return delta
+
+    def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
+        """Fold direction and length into W.
+
+        Raises:
+            TypeError: if several sets are asked for: their order would count.
+        """
+        chosen = [name for name in (self.active() if names is None else names) if name in self.configs]
+        if len(chosen) > 1:
+            raise TypeError(f"Sets of DoRA do not add up: {chosen} cannot be merged together. Name one of them.")
+        with torch.no_grad():
+            for name in chosen:
+                fold(self.base, self.delta(name))
+                self.dora_square = None  # W is another one now
+        return self.base
+
+    def tensors(self, name: str = "default") -> dict[str, Tensor]:
+        """Return A, B and m under HF PEFT's names."""
+        return {**super().tensors(name), "lora_magnitude_vector": self.lora_magnitude[name].detach()}
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

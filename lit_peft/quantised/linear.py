@@ -1,0 +1,244 @@
+"""A linear layer whose frozen weight is stored as NF4 (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
+
+Section 3: a weight is cut into blocks of 64, each is divided by its largest absolute value c, and every number becomes
+the nearest of 16 levels, the quantiles of a normal distribution. With double quantisation the c are stored in 8 bits:
+less their mean, in groups of 256 with one float32 each. That is 4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight.
+
+The numbers are encoded and decoded by bitsandbytes. Where they are kept is ours: one string of bytes for each weight,
+
+    [ two levels a byte | 8-bit c | float32 of each group, and the mean ]        each part begins at a multiple of 16
+
+as one frozen parameter. So a cast (`.to(bfloat16)`) cannot touch it; copies, pickles, state dicts, DDP and FSDP2 treat
+it like any parameter; and nothing can repack it behind our back, as bitsandbytes' own layer does in an evaluation on
+some CPUs, after which gradients were silently wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import cache
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+BLOCK, GROUP = 64, 256
+ALIGNED = 16  # bytes: CUDA kernels read that much at once
+
+
+@cache
+def codec() -> Any:
+    """Return `bitsandbytes.functional`, imported when it is first needed.
+
+    Raises:
+        ValueError: if bitsandbytes is not installed.
+    """
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level, unloaded = log.level, "bitsandbytes" not in sys.modules and "kernels" not in sys.modules
+    # On some CPUs the import would fetch a kernel from the hub, or complain that it cannot; nothing here calls it.
+    log.setLevel(logging.ERROR)
+    if unloaded:
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        import bitsandbytes.functional as functional
+    except ModuleNotFoundError as error:
+        raise ValueError("quantize='nf4' needs bitsandbytes. Run: pip install bitsandbytes") from error
+    finally:
+        log.setLevel(level)
+        if unloaded:
+            del sys.modules["kernels"]
+    return functional
+
+
+_MAPS: dict[torch.device, Tensor] = {}
+
+
+def _map(device: torch.device) -> Tensor:
+    """Return the 256 values (float32) that the 8-bit codes of the c stand for."""
+    if device not in _MAPS:
+        _MAPS[device] = codec().create_dynamic_map().to(device)
+    return _MAPS[device]
+
+
+def _parts(out: int, wide: int, double: bool) -> tuple[slice, slice, slice]:
+    """Return where levels, 8-bit c and float32 numbers lie in the bytes of a weight (out, wide)."""
+    blocks = -(-out * wide // BLOCK)
+    sizes = (-(-out * wide // 2), blocks if double else 0, 4 * (-(-blocks // GROUP) + 1 if double else blocks))
+    found, start = [], 0
+    for size in sizes:
+        found.append(slice(start, start + size))
+        start += -(-size // ALIGNED) * ALIGNED
+    return found[0], found[1], found[2]
+
+
+def encode(weight: Tensor, double_quant: bool = True) -> Tensor:
+    """Return a weight (out, in) as NF4: one string of bytes (n,), uint8, on the same device.
+
+    Raises:
+        ValueError: if the weight has a number that is not finite.
+    """
+    if not bool(weight.isfinite().all()):
+        raise ValueError("A weight with NaN or infinite numbers cannot be quantised. Is the model's file damaged?")
+    known = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    levels, state = codec().quantize_4bit(
+        (weight if known else weight.float()).contiguous(),
+        blocksize=BLOCK,
+        quant_type="nf4",
+        compress_statistics=double_quant,
+    )
+    parts = _parts(weight.shape[0], weight.shape[1], double_quant)
+    packed = torch.zeros(parts[2].stop, dtype=torch.uint8, device=weight.device)
+    packed[parts[0]] = levels.flatten()
+    if double_quant:
+        packed[parts[1]] = state.absmax
+        packed[parts[2]] = torch.cat([state.state2.absmax, state.offset.view(1)]).float().view(torch.uint8)
+    else:
+        packed[parts[2]] = state.absmax.float().view(torch.uint8)
+    return packed
+
+
+def decode(packed: Tensor, out: int, wide: int, double_quant: bool, dtype: torch.dtype) -> Tensor:
+    """Return the weight (out, wide) that a string of bytes stands for; the inverse of `encode` up to its rounding."""
+    levels, small, numbers = _parts(out, wide, double_quant)
+    largest = packed[numbers].view(torch.float32)
+    ops = torch.ops.bitsandbytes
+    if double_quant:
+        codes, scale = packed[small], largest[:-1]
+        largest = largest[-1] + ops.dequantize_blockwise.default(
+            codes, scale, _map(packed.device), GROUP, torch.float32
+        )
+    # On CPUs bitsandbytes decodes rows that end inside a block wrongly (0.50.2, no error), and compiles for those that
+    # end inside a byte: they are decoded as one row of even length.
+    even = [out, wide] if wide % BLOCK == 0 else [1, 2 * (levels.stop - levels.start)]
+    weight: Tensor = ops.dequantize_4bit.default(packed[levels], largest, BLOCK, "nf4", even, dtype)
+    return weight.flatten()[: out * wide].view(out, wide)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b with W decoded for the product; decoded again in the backward pass instead of being kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, out: int, wide: int, double: bool) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.sizes = out, wide, double
+        return F.linear(x, decode(packed, out, wide, double, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,), (packed,) = gradients, ctx.saved_tensors
+        out, wide, double = ctx.sizes
+        for_x = gradient @ decode(packed, out, wide, double, gradient.dtype) if ctx.needs_input_grad[0] else None
+        for_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return for_x, None, for_bias, None, None, None
+
+
+class NF4Linear(nn.Linear):
+    """A linear layer with its frozen weight in 4.127 bits a number; computes in the dtype of its input.
+
+    Attributes:
+        packed: the weight's bytes, one frozen uint8 parameter.
+        dtype: that of the weight which was quantised, and of what `dequantised` returns.
+
+    Args:
+        weight: W (out, in).
+        bias: b (out,), kept as it is.
+        double_quant: store the blocks' scales in 8 bits too.
+        transposed: W came from a `Conv1D`, which stores it as (in, out).
+
+    Example:
+        >>> import torch
+        >>> layer = NF4Linear(torch.randn(48, 64))
+        >>> layer(torch.ones(2, 64)).shape, layer.dequantised().shape
+        (torch.Size([2, 48]), torch.Size([48, 64]))
+    """
+
+    unmergeable: ClassVar[str] = (
+        "A 4-bit base cannot be merged into in place: rounding it again would change it. Use `lit-peft merge`, "
+        "write_merged or AdapterMerge, which fold into a dequantised copy, or load the base with quantize='none'."
+    )
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: nn.Parameter | None = None,
+        *,
+        double_quant: bool = True,
+        transposed: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.double_quant = double_quant
+        self.transposed = transposed
+        self.dtype = weight.dtype
+        self.packed = nn.Parameter(encode(weight.detach(), double_quant), requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """W (out, in), decoded anew: for code that looks at it, such as T5's, which casts to its dtype."""
+        return self.dequantised()
+
+    def dequantised(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return W (out, in), in the dtype it had or another; gathered where it is sharded."""
+        packed: Any = self.packed.detach()
+        if hasattr(packed, "full_tensor"):
+            packed = packed.full_tensor()
+        return decode(packed, self.out_features, self.in_features, self.double_quant, dtype or self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        sizes = self.out_features, self.in_features, self.double_quant
+        fits = self.double_quant and self.in_features % BLOCK == 0
+        if kind == "cuda" and fits and not (torch.is_grad_enabled() and x.requires_grad):
+            return self._fused(x, bias)
+        return cast(Tensor, _Product.apply(x, self.packed, bias, *sizes))  # type: ignore[no-untyped-call]
+
+    def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Multiply while decoding, which for few tokens (generating) is faster; without gradients."""
+        levels, small, numbers = _parts(self.out_features, self.in_features, True)
+        scales = self.packed[numbers].view(torch.float32)
+        return cast(
+            Tensor,
+            torch.ops.bitsandbytes.gemm_4bit.default(
+                x,
+                self.packed[levels].view(-1, 1),
+                [self.out_features, self.in_features],
+                scales[:-1],
+                BLOCK,
+                "nf4",
+                bias=bias,
+                absmax_8bit=self.packed[small],
+                absmax_code=_map(x.device),
+                absmax_offset=scales[-1],
+            ),
+        )
+
+    def dense(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Return a plain layer of the same outputs: an `nn.Linear`, or the `Conv1D` that this was."""
+        weight = self.dequantised(dtype)
+        with torch.device("meta"):
+            layer: nn.Module = (
+                Conv1D(self.out_features, self.in_features)
+                if self.transposed
+                else nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+            )
+        layer.weight = nn.Parameter(weight.t().contiguous() if self.transposed else weight, requires_grad=False)
+        layer.register_parameter("bias", self.bias)
+        return layer.train(self.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> NF4Linear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # bytes have no dtype to cast, so what `.to(dtype)` asks for is noted
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        """Return the sizes, for `print(model)`."""
+        return f"{super().extra_repr()}, nf4{' twice' if self.double_quant else ''}"

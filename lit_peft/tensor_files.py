@@ -1,0 +1,59 @@
+"""Files of tensors, read with errors that say what is wrong; and what HF PEFT stores beside an adapter's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it is cut off or no safetensors file.
+    """
+    shapes(path)
+    tensors: dict[str, Tensor] = load_file(path)
+    return tensors
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return `{key: shape}` of a safetensors file without reading its tensors; raises like `load_tensors`."""
+    if not path.is_file():
+        pickled = path.with_name("adapter_model.bin").is_file()
+        hint = " Only a pickled adapter_model.bin is there; convert it to safetensors first." if pickled else ""
+        raise FileNotFoundError(f"{path} does not exist.{hint}")
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or half-written ({error}). Copy or save it again.") from error
+
+
+def repeats(key: str, stored: Iterable[str]) -> bool:
+    """Whether a tensor is there twice: with bias=all PEFT also stores both copies of a module to save, as biases."""
+    return ".original_module." in key or key.replace(".modules_to_save.", ".") in {*stored} - {key}
+
+
+def check_same(file: Path, path: str, base: Tensor, copied: Tensor) -> None:
+    """Compare a table of the base with the copy of it that HF PEFT stores beside an adapter.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    same = base.shape == copied.shape
+    if same and not hasattr(base, "full_tensor"):  # sharded: the base's identity must do
+        # either may be the other, rounded
+        coarse = min(base.dtype, copied.dtype, key=lambda dtype: dtype.itemsize)
+        same = torch.equal(base.to("cpu", coarse), copied.to(coarse))
+    if not same:
+        raise ValueError(
+            f"{file} holds a weight of its own for {path!r}, which is not this base model's. Was its vocabulary "
+            "resized, or is it an adapter of another base model?"
+        )

@@ -1,0 +1,122 @@
+"""The benchmark of methods runs, and its numbers mean what they say. Times are never checked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import arms, methods
+from benchmarks.bytes_held import Saved, bytes_of, peak_of
+from lit_peft.catalogue import METHODS
+from tests.models import save_tiny
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bench")
+    save_tiny("llama", folder / "model")
+    rows = [{"prompt": f"What is {i} and {i}?", "completion": str(2 * i)} for i in range(30)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_PEFT_CACHE", str(place / "cache"))
+
+
+def bench(place: Path, *more: str) -> dict[str, Any]:
+    shape = ["--rows", "2", "--tokens", "16", "--steps", "3"]
+    where = ["--backbone", str(place / "model"), "--data", str(place / "rows.jsonl"), "--out", str(place)]
+    return methods.main([*shape, *where, *more])
+
+
+def test_two_methods_are_measured(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = bench(place, "--methods", "lora,bitfit")
+    assert json.loads((place / "methods.json").read_text()) == json.loads(json.dumps(report))
+    lora, bitfit = report["rows_of_table"]
+    assert "error" not in lora
+    assert "error" not in bitfit
+    assert (lora["method"], lora["beside"], bitfit["beside"]) == ("lora", "LoRA", arms.FLOOR)
+    assert lora["trained"]["ours"] == lora["trained"]["theirs"] == 8192
+    assert bitfit["trained"]["theirs"] == 0
+    for row in (lora, bitfit):
+        low, high = row["ratio"]["quartiles"]
+        assert 0 < low <= row["ratio"]["median"] <= high
+        assert row["ratio"]["pairs"] == 3
+        for side in ("ours", "theirs"):
+            size = row["bytes"][side]
+            assert 0 < size["saved"] < size["peak"]
+    # A and B with two moments of AdamW, and its count of steps for each of 2 x 14 matrices
+    assert lora["bytes"]["ours"]["held"] == lora["bytes"]["theirs"]["held"] == 3 * 8192 * 4 + 28 * 4
+    assert bitfit["bytes"]["theirs"]["held"] == 0
+    page = (place / "methods.md").read_text()
+    assert "| lora | LoRA | 8,192 |" in page
+    assert f"torch {torch.__version__}" in page
+    assert "--methods lora,bitfit" in page
+    assert "lora" in capsys.readouterr().out
+
+
+def test_memory_is_the_same_in_every_run(place: Path) -> None:
+    found = []
+    for _ in range(2):
+        (row,) = bench(place, "--methods", "lora")["rows_of_table"]
+        found.append(row["bytes"])
+    assert found[0] == found[1]
+
+
+def test_a_failing_arm_is_a_row(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(method: str, setting: Any) -> Any:
+        raise RuntimeError("no such thing\nat all")
+
+    monkeypatch.setattr(methods, "theirs", broken)
+    (row,) = bench(place, "--methods", "lora")["rows_of_table"]
+    assert row["error"] == "RuntimeError: no such thing"
+    assert "RuntimeError: no such thing" in (place / "methods.md").read_text()
+    with pytest.raises(SystemExit, match="'lorra'"):
+        bench(place, "--methods", "lorra")
+
+
+@pytest.mark.parametrize("method", sorted(arms.PEERS.keys() & METHODS.keys()))
+def test_both_arms_train_and_are_alike(method: str, place: Path) -> None:
+    setting = arms.Setting(str(place / "model"), "float32", CPU, total=6)
+    torch.manual_seed(0)
+    mine, (name, other) = arms.ours(method, setting), arms.theirs(method, setting)
+    assert name == arms.PEERS[method][0]
+    assert sum(p.numel() for p in mine.parameters) == sum(p.numel() for p in other.parameters)
+    ids = torch.randint(8, 100, (2, 12))
+    for arm in (mine, other):
+        before = [parameter.detach().clone() for parameter in arm.parameters]
+        for _ in range(3):
+            arm.step(ids)
+        moved = sum(not torch.equal(a, b) for a, b in zip(before, arm.parameters, strict=True))
+        assert moved > 0.4 * len(before)
+
+
+def test_peak_and_saved_bytes_of_known_steps() -> None:
+    def step() -> None:
+        first = torch.empty(1000, 1000)
+        second = torch.empty(500, 1000)
+        del first, second
+        torch.empty(1200, 1000)
+
+    assert peak_of(step, CPU) == 1500 * 1000 * 4
+    kept = [torch.empty(1000, 1000)]
+
+    def replace() -> None:
+        kept[:] = [torch.empty(1000, 1000)]  # the old one goes when the new one is there
+
+    assert peak_of(replace, CPU) == 1000 * 1000 * 4
+    linear, x = nn.Linear(256, 512), torch.randn(64, 256)
+    saved = Saved(linear.parameters())
+    with saved.recorded():
+        linear(x).relu().sum()
+    assert saved.bytes == 64 * (256 + 512) * 4  # the input, and what relu returned
+    assert bytes_of([x, x[:3], x.t()]) == 64 * 256 * 4
