@@ -116,6 +116,7 @@ FACTS: dict[str, Facts] = {
         merges=True,
         peft_type="LIT_RELORA",
         paper="https://arxiv.org/abs/2307.05695",
+        four_bit=False,
     ),
     "mora": Facts(
         title="update of high rank from a square matrix of LoRA's size",
@@ -138,6 +139,7 @@ FACTS: dict[str, Facts] = {
         merges=True,
         peft_type="LIT_REMORA",
         paper="https://arxiv.org/abs/2405.12130",
+        four_bit=False,
     ),
     "dora": Facts(
         title="LoRA on the rows' directions, and their lengths",

@@ -36,6 +36,7 @@ class AdapterSets(AdaptableModule):
 
     method: ClassVar[str] = ""
     placing: str = FIRST  # the name under which `place_adapters` places
+    beside: AdapterSets | None = None  # the module that a further adapter is placed for
     _placed = False
 
     def __init__(
@@ -305,8 +306,15 @@ class AdapterSets(AdaptableModule):
             own = {key: self.hparams[key] for key in keywords if key in self.hparams}
             placer = method(**{**own, **{key: configs[key] for key in keywords & configs.keys()}})
             placer.placing, placer.check_base, placer.model = name, self.check_base, self.model
+            placer.__dict__["beside"] = self  # not by setattr: it is no submodule
             made.append(placer)
         return made
+
+    def trained_anyway(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether an existing weight is trained whatever an adapter folder says, as a task's new head is."""
+        return self.is_trainable(name, parameter) or (
+            self.beside is not None and self.beside.is_trainable(name, parameter)
+        )
 
     def _withdraw(self, name: str, before: set[int]) -> None:
         """Leave the model as it was when these adapters were all."""

@@ -138,7 +138,10 @@ def test_the_rank_of_the_sum_grows(method: str, backbone: Path, tmp_path: Path) 
         ranks.append(int((values > 1e-5 * values[0]).sum()))
     assert ranks[0] == own
     assert ranks[0] < ranks[1] <= 2 * own
-    assert ranks[1] < ranks[2] <= 3 * own
+    if method == "relora":
+        assert ranks[1] < ranks[2] <= 3 * own
+    else:  # all types read and write through two maps of rank r_hat, so that 2 r_hat is the most there can be
+        assert ranks[1] <= ranks[2] <= 2 * own
 
 
 def test_remora_changes_the_type_and_relora_draws_anew(backbone: Path, tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ class LoRA(PEFT):
             path
             for path in found
             if not inside(path, [other for other in found if other != path])
-            and not all(self.is_trainable(f"{path}.{n}", p) for n, p in model.get_submodule(path).named_parameters())
+            and not all(self.trained_anyway(f"{path}.{n}", p) for n, p in model.get_submodule(path).named_parameters())
         ]
 
     def gathered(self, layers: Mapping[str, Any]) -> LoRAConfig:
