@@ -19,7 +19,7 @@ from lit_peft.adapter import remember
 from lit_peft.catalogue import TASKS
 from lit_peft.forks import kind_of
 from lit_peft.module import AdaptableModule
-from lit_peft.saved import locate, method_of, read_checkpoint
+from lit_peft.saved import locate, methods_of, read_checkpoint
 from lit_peft.tensor_files import shapes
 from lit_peft.zoo import check, compose, task_class
 
@@ -141,7 +141,7 @@ def _from_adapter(
     folder: Path, backbone: str | None, task: str | None, options: dict[str, Any], check_base: bool
 ) -> AdaptableModule:
     configs, meta = hub.read_configs(folder), hub.read_meta(folder)
-    methods = [method_of(kind_of(config), folder) for config in reversed(configs)]
+    methods = methods_of([kind_of(config) for config in configs], folder)
     first = configs[0]
     name = backbone or meta.get("base", {}).get("name") or first.get("base_model_name_or_path")
     if not name:

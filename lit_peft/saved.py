@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -84,8 +85,20 @@ def method_of(peft_type: str, folder: Path) -> str:
     for name, facts in FACTS.items():
         if facts.peft_type == peft_type:
             return name
-    known = ", ".join(sorted({facts.peft_type for facts in FACTS.values()}))
+    known = ", ".join(sorted({kind for facts in FACTS.values() for kind in facts.peft_type.split(" + ")}))
     raise ValueError(f"{folder} holds an adapter of type {peft_type}, which is not known here. Known: {known}.")
+
+
+def methods_of(peft_types: Sequence[str], folder: Path) -> list[str]:
+    """Return the methods that read a folder's parts, outermost first: one where a method is composed of just these.
+
+    Raises:
+        ValueError: for a type that is not known here.
+    """
+    outermost_first = list(reversed(peft_types))
+    together = " + ".join(outermost_first)
+    composed = [name for name, facts in FACTS.items() if facts.peft_type == together]
+    return composed[:1] or [method_of(peft_type, folder) for peft_type in outermost_first]
 
 
 def merge_summary(report: dict[str, Any]) -> str:

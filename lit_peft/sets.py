@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_peft import hub, named
 from lit_peft.adapter import Adapter, adapter_names, check_name, named_adapters, scope_of

@@ -218,7 +218,8 @@ def orthonormal(matrix: Tensor) -> Tensor:
     """Return the Q factor (d, r) of a matrix (d, r), with the signs that keep an orthonormal matrix as it is."""
     with torch.autocast(matrix.device.type, enabled=False):
         q, upper = torch.linalg.qr(matrix.float())
-    return q * upper.diagonal().sign()
+    rotation: Tensor = q * upper.diagonal().sign()
+    return rotation
 
 
 class ReFT(PEFT):

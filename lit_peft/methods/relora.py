@@ -87,6 +87,18 @@ class Restarting(PEFT):
         self.restart_every, self.restart_warmup = restart_every, restart_warmup
         self.save_hyperparameters({"restart_every": restart_every, "restart_warmup": restart_warmup})
 
+    def place_adapters(self) -> None:
+        """Place the adapters, on a base that restarts can fold into.
+
+        Raises:
+            TypeError: if the base is quantised.
+        """
+        assert self.model is not None
+        packed = [path for path, module in self.model.named_modules() if hasattr(type(module), "dequantised")]
+        if packed:
+            raise TypeError(f"A restart cannot fold into {packed[0]}, which is quantised. Load the base unquantised.")
+        super().place_adapters()
+
     def configure_callbacks(self) -> list[Callback]:
         """Bring `AdapterRestart`, unless the Trainer has one."""
         callbacks = super().configure_callbacks()

@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_peft import hub
 from lit_peft.catalogue import FACTS
 from lit_peft.forks import kind_of
-from lit_peft.saved import locate, merge_summary, method_of, read_checkpoint
+from lit_peft.saved import locate, merge_summary, methods_of, read_checkpoint
 from lit_peft.targets import KEYS, bare
 from lit_peft.tensor_files import load_tensors, shapes
 
@@ -102,6 +102,10 @@ def _checkpoint(path: Path) -> Contents:
 
 def _adapter(folder: Path) -> Contents:
     meta, contents = hub.read_meta(folder), Contents("adapter")
+    try:
+        methods_of([kind_of(config) for config in hub.read_configs(folder)], folder)
+    except ValueError as error:
+        contents.facts["note"] = str(error)
     for part, config in zip(hub.part_folders(folder), hub.read_configs(folder), strict=True):
         name = kind_of(config).removeprefix("LIT_").lower()
         noted = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
@@ -111,10 +115,6 @@ def _adapter(folder: Path) -> Contents:
             config.get("task_type") or (config.get("auto_mapping") or {}).get("base_model_class")
         )
         contents.scales["lora" if name == "adalora" else name] = _scale(config)
-        try:
-            method_of(kind_of(config), folder)
-        except ValueError as error:
-            contents.facts["note"] = str(error)
         for key, tensor in load_tensors(part / hub.WEIGHTS).items():
             contents.tensors[key.removeprefix(hub.PREFIX)] = tensor
     contents.facts["labels"] = ", ".join(meta.get("labels", []))
