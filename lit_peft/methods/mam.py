@@ -27,6 +27,8 @@ class MAMPrefixConfig(PrefixConfig):
 
     encoder_hidden_size: int = 800
 
+    default_lr: ClassVar[float] = 1e-4
+
 
 class MAM(PrefixTuning, ParallelAdapter):
     """Prefix tuning on attention and a parallel adapter on feed-forward.

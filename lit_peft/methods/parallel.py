@@ -8,7 +8,7 @@ D starts Kaiming-uniform and U at zero, as in LoRA.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -35,6 +35,8 @@ class ParallelConfig(BottleneckConfig):
 
     bottleneck_size: int | None = 512
     scale: float = 4.0
+
+    default_lr: ClassVar[float] = 1e-4
 
 
 class ParallelAdapter(Bottlenecks):

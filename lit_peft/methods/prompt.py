@@ -128,30 +128,46 @@ class PromptBackbone(Adapter):
         p, at = prompt.shape[1], int(bool(self.configs[shares[0][0]].after_bos))
         if attention_mask is None and not bool(seen.all()):
             attention_mask = torch.ones(batch, length + max(past - p, 0), dtype=torch.long, device=text.device)
+        # behind the row's padding on the left, so that the prompt is next to the text as it is without padding
+        first = 0 if attention_mask is None else (attention_mask.cumsum(1) == 0).sum(1, keepdim=True)
+        start = torch.full((batch, 1), at, device=text.device) + first
+
+        def spread(own: Tensor, rows: Tensor) -> Tensor:
+            """Put rows (batch, p, ...) into own (batch, n, ...), from each row's start on."""
+            n = own.shape[1]
+            column = torch.arange(n + p, device=own.device)[None]
+            index = torch.where(column < start, column, torch.where(column < start + p, n + column - start, column - p))
+            return torch.cat([own, rows], 1)[torch.arange(batch, device=own.device)[:, None], index]
+
         if attention_mask is not None:
-            attention_mask = torch.cat([attention_mask[:, :at], seen.to(attention_mask), attention_mask[:, at:]], 1)
+            attention_mask = spread(attention_mask, seen.to(attention_mask))
         given = kwargs.get("position_ids")
         if given is None and self.takes_positions and not bool(seen.all()):
             # a row without a prompt starts at 0, beside one that starts at p
             given = torch.arange(length, device=text.device)[None] + max(past - p, 0)
         if given is not None:
-            moved = given + seen.sum(1, keepdim=True)
-            if not past:
+            count = seen.sum(1, keepdim=True)
+            given = given.expand(batch, -1)
+            if past:
+                kwargs["position_ids"] = given + count
+            else:
+                behind = torch.arange(length, device=text.device)[None] >= start
                 own = (seen.long().cumsum(1) - 1).clamp(min=0) + at
-                moved = torch.cat([given[:, :at].expand(batch, -1), own, moved[:, at:]], 1)
-            kwargs["position_ids"] = moved
+                kwargs["position_ids"] = spread(torch.where(behind, given + count, given), own)
         if past:  # the prompt is in the cache
             return self.base(input_ids=None, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         types = kwargs.get("token_type_ids")
         if types is not None:
-            kwargs["token_type_ids"] = torch.cat([types[:, :at], types[:, :1].expand(-1, p), types[:, at:]], 1)
-        embeds = torch.cat([inputs_embeds[:, :at], prompt, inputs_embeds[:, at:]], 1)
+            kwargs["token_type_ids"] = spread(types, types[:, :1].expand(-1, p))
+        embeds = spread(inputs_embeds, prompt)
         out = self.base(input_ids=None, attention_mask=attention_mask, inputs_embeds=embeds, **kwargs)
         if self.keeps_prompt:
             return out
 
         def without(h: Tensor) -> Tensor:
-            return torch.cat([h[:, :at], h[:, at + p :]], 1)
+            column = torch.arange(h.shape[1] - p, device=h.device)[None]
+            index = torch.where(column < start, column, column + p)
+            return h[torch.arange(batch, device=h.device)[:, None], index]
 
         if isinstance(out, tuple):
             return (without(out[0]), *out[1:])
@@ -194,8 +210,14 @@ class PromptReader(Adapter):
         for name, rows in shares:
             length[slice(None) if rows is None else rows] += self.configs[name].num_virtual_tokens
         p = states.shape[1] - mask.shape[1]
-        front = (torch.arange(p, device=mask.device) >= p - length[:, None]).to(mask)
-        return self.base(*args, **{**kwargs, "encoder_attention_mask": torch.cat([front, mask], 1)})
+        prompt = (torch.arange(p, device=mask.device) >= p - length[:, None]).to(mask)
+        # where the encoder put it: behind the padding on the left, and the first token where that is asked
+        n, at = mask.shape[1], int(bool(next(iter(self.configs.values())).after_bos))
+        start = (mask.cumsum(1) == 0).sum(1, keepdim=True) + at
+        column = torch.arange(n + p, device=mask.device)[None]
+        index = torch.where(column < start, column, torch.where(column < start + p, n + column - start, column - p))
+        whole = torch.cat([mask, prompt], 1).gather(1, index)
+        return self.base(*args, **{**kwargs, "encoder_attention_mask": whole})
 
 
 class PromptTuning(PEFT):

@@ -34,7 +34,10 @@ _PROMPT: ContextVar[Tensor | None] = ContextVar("lit_peft_prompt", default=None)
 
 @contextmanager
 def prompt_is(mask: Tensor | None) -> Iterator[None]:
-    """Say which tokens (batch, length) of the next calls are the prompt; None: all of them."""
+    """Say which tokens (batch, length) of the next calls are the prompt; None: all of them.
+
+    `generate` needs it only with `use_cache=False`, where every call is handed the whole text again.
+    """
     token = _PROMPT.set(mask)
     try:
         yield
@@ -116,8 +119,8 @@ class ReFTStack(Adapter):
             return self.base(*args, **kwargs)
         mask, prompt = kwargs.get("attention_mask"), _PROMPT.get()
         there = text.new_ones(text.shape[:2], dtype=torch.long) if mask is None or mask.ndim != 2 else mask
-        if prompt is not None:
-            there = there * prompt.to(there)
+        if prompt is not None:  # tokens that were generated behind it are none of it
+            there = there * F.pad(prompt.to(there), (0, text.shape[1] - prompt.shape[1]))
         config: ReFTConfig = self.configs[shares[0][0]]
         return self.base(*args, **{**kwargs, EDIT: edited(there, config.first, config.last)})
 

@@ -57,12 +57,16 @@ class GatedPrefixConfig(PrefixConfig):
     num_virtual_tokens: int = 10
     gate: bool | float = True
 
+    default_lr: ClassVar[float] = 2e-4
+
 
 @dataclass(frozen=True, kw_only=True)
 class GatedPfeifferConfig(PfeifferConfig):
     """Settings of UniPELT's adapter, as for Pfeiffer adapters."""
 
     gate: bool | float = True
+
+    default_lr: ClassVar[float] = 2e-4
 
 
 class GatePadding(Adapter):
