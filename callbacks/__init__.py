@@ -12,6 +12,7 @@ _HOME = {
     "RunReport": "run_report",
     "Throughput": "throughput",
     "AnswerWriter": "answer_writer",
+    "Measures": "measures",
     "RunProgress": "run_progress",
     "GracefulStop": "graceful_stop",
 }

@@ -44,6 +44,7 @@ ROOMS = {
     "methods": "adapter named sites structure sublayers prefixed targets weights low_rank mixin module callbacks ops",
     "tasks": "adapter module data backbone sites structure",
     "zoo": "methods tasks catalogue module",
+    "comparing": "catalogue zoo module backbone faults quiet",
     "saved": "hub catalogue",
     "restore": "adapter named zoo saved hub backbone merging module catalogue",
 }
