@@ -22,8 +22,8 @@ WARM_UP = 2  # steps that are not timed where there are more: the first ones all
 class Measures(Callback):
     """Write `measures.json`, and the adapter as it is when training ends into `adapter/`.
 
-    The file holds `trained` (weights), `stored` (`parameters` and `bytes` of the adapter folder), `step_seconds` (median
-    of an optimizer step's forward, backward and update; data and validation do not count), `steps`, `peak_memory` in
+    The file holds `trained` (weights), `stored` (`parameters` and `bytes` of the adapter folder), `step_seconds` (the
+    median of an optimizer step's forward, backward and update; data and validation do not count), `steps`, `peak_memory` in
     bytes with what was measured in `memory_of`, `final_loss`, and under `test` what a test logged, the last one.
 
     Args:
@@ -75,7 +75,9 @@ class Measures(Callback):
             "steps": trainer.global_step,
             "step_seconds": median(timed) if timed else None,
             "peak_memory": peak if on_gpu else max(0, peak - self._before),
-            "memory_of": "allocated on the GPU" if on_gpu else "process, above what it held before the model was loaded",
+            "memory_of": "allocated on the GPU"
+            if on_gpu
+            else "process, above what it held before the model was loaded",
             "final_loss": None if loss is None else float(loss),
         }
 

@@ -147,8 +147,36 @@ def rates(text: str | None, methods: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def settle(resolved: Mapping[str, Any]) -> dict[str, Any]:
+def split(arguments: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Return a job's arguments without the settings of single methods, and those settings by keyword.
+
+    A run takes only the settings of its own method; a comparison sorts them out: `--model.prefix.num_virtual_tokens 10`
+    is for the methods that have a prefix.
+
+    Example:
+        >>> split(["-c", "job.yaml", "--model.prefix.dropout", "0.1"])
+        (['-c', 'job.yaml'], {'prefix': {'dropout': 0.1}})
+    """
+    keywords = {facts.keyword for facts in FACTS.values()} - {""}
+    rest: list[str] = []
+    found: dict[str, dict[str, Any]] = {}
+    words = iter(arguments)
+    for word in words:
+        name, has_value, value = word.partition("=")
+        path = name.removeprefix("--").split(".")
+        if name.startswith("--model.") and len(path) == 3 and path[1] in keywords:
+            found.setdefault(path[1], {})[path[2]] = yaml.safe_load(value if has_value else next(words, ""))
+        else:
+            rest.append(word)
+    return rest, found
+
+
+def settle(resolved: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return a job as `lit-peft fit` resolved it, without what each run decides for itself.
+
+    Args:
+        resolved: the job.
+        settings: those of single methods, by keyword.
 
     Raises:
         ValueError: if the job is a single run that cannot be compared: a model of its own class, or from a checkpoint.
@@ -159,11 +187,17 @@ def settle(resolved: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"The job's model is {path}, but compare puts method and task together. Leave --model out.")
     if resolved.get("ckpt_path") or model.get("init_args", {}).get("adapter"):
         raise ValueError("A comparison starts every run from the base. Leave ckpt_path and model.adapter out.")
-    rows = resolved.get("evaluate", 0) or ROWS
+    options, rows = dict(model.get("init_args", {})), resolved.get("evaluate", 0) or ROWS
+    for keyword, values in settings.items():
+        options[keyword] = {**options.get(keyword, {}), **values}
+    if "backbone" not in options:
+        raise ValueError("--model.backbone is missing; give it as a flag or in a configuration file.")
+    if "class_path" not in data or "path" not in data.get("init_args", {"path": ""}):
+        raise ValueError("--data.path is missing; give it as a flag or in a configuration file.")
     return {
         "task": resolved.get("task", "sft"),
         "evaluate": rows,
-        "model": dict(model.get("init_args", {})),
+        "model": options,
         "data": {"class_path": data["class_path"], "init_args": dict(data.get("init_args", {}))},
         "trainer": dict(resolved.get("trainer", {})),
         "seed_everything": resolved.get("seed_everything", 42),

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
-from matplotlib.transforms import Bbox
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from lit_peft.comparing.labels import place_labels
 from lit_peft.comparing.results import SCORES, Row, front
 
 FRONT, OTHER, GREY = "#d1603d", "#3b6fb6", "#6b6b6b"
-GAP = 5.0  # points between a dot and its label
-# around a dot, near places first: directions in which a label may go, and how far
-DIRECTIONS = ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
-REACH = (1.0, 2.2, 3.8, 5.6, 7.6, 10.0)
+BASELINES = {"base": "untouched base"}
 
 
 def draw(path: Path, title: str, rows: Sequence[Row], score: str) -> Path | None:
@@ -52,116 +47,36 @@ def draw(path: Path, title: str, rows: Sequence[Row], score: str) -> Path | None
     axes.set_xscale("log")
     low, high = min(x for x, *_ in spots), max(x for x, *_ in spots)
     axes.set_xlim(low / (high / low) ** 0.06 / 1.15, high * (high / low) ** 0.10 * 1.25)
-    for row in rows:
-        if row.baseline and (mean := row.mean(score)) is not None:
-            axes.axhline(times * mean, color=GREY, linewidth=1, linestyle="--", zorder=1)
-            name = "untouched base" if row.name == "base" else row.name
-            axes.annotate(
-                name,
-                (0.995, times * mean),
-                (0, 2),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                color=GREY,
-                fontsize=8,
-                ha="right",
-            )
+    lines = sorted((times * mean, row.name) for row in rows if row.baseline and (mean := row.mean(score)) is not None)
+    for i, (level, name) in enumerate(lines):
+        axes.axhline(level, color=GREY, linewidth=1, linestyle="--", zorder=1)
+        above = (i == len(lines) - 1) == what.rises  # the outer side of each line: two may lie close together
+        axes.annotate(
+            BASELINES.get(name, f"{name} prompting"),
+            (0.995, level),
+            (0, 3 if above else -3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            color=GREY,
+            fontsize=8,
+            ha="right",
+            va="bottom" if above else "top",
+        )
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("trained weights")
     axes.set_ylabel(what.name)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0), numticks=20))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25, linewidth=0.6, which="major")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.10)
     if not what.rises:
         axes.invert_yaxis()  # better is higher in every picture
     axes.legend(frameon=False, loc="lower left", fontsize=8)
-    _label(figure, axes, spots)
+    place_labels(figure, axes, spots, FRONT)
     figure.savefig(path, format="png")
     return path
-
-
-def _label(figure: Figure, axes: Any, spots: Sequence[tuple[float, float, str, bool]]) -> None:
-    """Write names beside their dots, where they cover neither dots nor lines nor one another; far ones get a thin line."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # what is placed now, stays
-    scale = figure.dpi / 72
-    frame = axes.get_window_extent()
-    dots = [tuple(axes.transData.transform((x, y))) for x, y, *_ in spots]
-    taken = [Bbox.from_extents(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in dots]
-    legend = axes.get_legend()
-    taken += [legend.get_window_extent()] if legend is not None else []
-    taken += [text.get_window_extent() for text in axes.texts]
-    lines = [axes.transData.transform(line.get_path().interpolated(1).vertices) for line in axes.lines[:1]]
-    strokes = [pair for vertices in lines for pair in pairwise(_steps(vertices))]
-    order = sorted(range(len(spots)), key=lambda i: (not spots[i][3], -dots[i][0]))
-    for i in order:
-        x, y, name, on = spots[i]
-        text = axes.annotate(
-            name,
-            (x, y),
-            (0, 0),
-            textcoords="offset points",
-            fontsize=8.5,
-            color=FRONT if on else "#222222",
-            fontweight="bold" if on else "normal",
-            zorder=4,
-        )
-        size = text.get_window_extent()
-        places = [
-            _place(dots[i], size.width, size.height, direction, GAP * reach * scale)
-            for reach in REACH
-            for direction in DIRECTIONS
-        ]
-        cost = [
-            sum(_overlap(place, other) for other in taken)
-            + sum(4.0 * size.height * scale for stroke in strokes if _crosses(place, stroke))
-            + (0 if _inside(place, frame) else 1e6)
-            + 0.6 * number * size.height
-            for number, place in enumerate(places)
-        ]
-        place = places[cost.index(min(cost))]
-        text.set_position(((place.x0 - dots[i][0]) / scale, (place.y0 - dots[i][1]) / scale))
-        text.set_horizontalalignment("left")
-        text.set_verticalalignment("bottom")
-        taken.append(place.padded(1.5 * scale))
-        near_x, near_y = min(max(dots[i][0], place.x0), place.x1), min(max(dots[i][1], place.y0), place.y1)
-        away = ((near_x - dots[i][0]) ** 2 + (near_y - dots[i][1]) ** 2) ** 0.5
-        if away > 2 * GAP * scale:
-            ends = axes.transData.inverted().transform([dots[i], (near_x, near_y)])
-            axes.plot(ends[:, 0], ends[:, 1], color=GREY, linewidth=0.6, alpha=0.7, zorder=2)
-
-
-def _place(dot: Any, width: float, height: float, direction: tuple[int, int], gap: float) -> Bbox:
-    across, up = direction
-    diagonal = 0.8 if across and up else 1.0
-    x = dot[0] + across * gap * diagonal - (width if across < 0 else width / 2 if across == 0 else 0)
-    y = dot[1] + up * gap * diagonal - (height if up < 0 else height / 2 if up == 0 else 0)
-    return Bbox.from_bounds(x, y, width, height)
-
-
-def _overlap(one: Bbox, other: Bbox) -> float:
-    both = Bbox.intersection(one, other)
-    return 0.0 if both is None else 10.0 * float(both.width * both.height)
-
-
-def _inside(place: Bbox, frame: Bbox) -> bool:
-    return bool(place.x0 >= frame.x0 and place.x1 <= frame.x1 and place.y0 >= frame.y0 and place.y1 <= frame.y1)
-
-
-def _steps(vertices: Any) -> list[tuple[float, float]]:
-    """Return the corners of a staircase that goes along before it goes up."""
-    corners = [tuple(vertices[0])]
-    for x, y in vertices[1:]:
-        corners += [(x, corners[-1][1]), (x, y)]
-    return corners
-
-
-def _crosses(place: Bbox, stroke: tuple[tuple[float, float], tuple[float, float]]) -> bool:
-    (x0, y0), (x1, y1) = stroke
-    return (
-        min(x0, x1) <= place.x1 and max(x0, x1) >= place.x0 and min(y0, y1) <= place.y1 and max(y0, y1) >= place.y0
-    )
 
 
 def _short(value: float) -> str:

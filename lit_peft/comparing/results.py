@@ -12,6 +12,7 @@ from typing import Any
 from lit_peft.catalogue import FACTS
 from lit_peft.comparing.job import Run
 
+ANY = "any (merged)"
 IN_VLLM = 64  # its own default lies at 16; --max-lora-rank raises it, as far as is usual
 
 
@@ -113,6 +114,7 @@ def gather(runs: Sequence[Run], note: Mapping[str, Any], failures: Mapping[Path,
         failures: folder -> why its run failed.
     """
     rows: dict[str, Row] = {}
+    task = str(runs[0].config["task"])
     measured: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         row = rows.setdefault(run.name, Row(run.name, baseline=run.verb == "test", runs=0))
@@ -125,7 +127,8 @@ def gather(runs: Sequence[Run], note: Mapping[str, Any], failures: Mapping[Path,
             row.errors.append(failures[run.folder])
     for name, row in rows.items():
         found_all = measured.get(name, [])
-        for score, what in SCORES.items():
+        for score in BY_TASK[task]:
+            what = SCORES[score]
             values = [found["test"][what.key] for found in found_all if what.key in found["test"]]
             if values:
                 row.scores[score] = values
@@ -147,7 +150,7 @@ def gather(runs: Sequence[Run], note: Mapping[str, Any], failures: Mapping[Path,
 
 def servers(folder: Path, method: str, task: str) -> list[str]:
     """Return what serves a trained method: anything once it is merged, else what reads its adapter folder."""
-    found = ["any, merged"] if all(FACTS[part].merges for part in method.split("+")) else []
+    found = [ANY] if all(FACTS[part].merges for part in method.split("+")) else []
     configs = []
     for path in sorted(folder.rglob("adapter_config.json")):
         configs.append(json.loads(path.read_text(encoding="utf-8")))
@@ -162,16 +165,10 @@ def servers(folder: Path, method: str, task: str) -> list[str]:
 
 
 def choose(rows: Sequence[Row], task: str, asked: str | None) -> str:
-    """Return the score to rank by.
-
-    Raises:
-        ValueError: if it was not measured.
-    """
+    """Return the score to rank by: the one asked for, where it was measured, else the task's first."""
     present = {score for row in rows for score in row.scores}
-    if asked is not None:
-        if present and asked not in present:
-            raise ValueError(f"--score is {asked}, which this job does not measure. It has {', '.join(present)}.")
-        return asked
+    if asked in present:
+        return str(asked)
     return next((score for score in BY_TASK[task] if score in present), BY_TASK[task][0])
 
 

@@ -30,7 +30,7 @@ def plan(question: str, answer: str) -> int:
     """Choose the sizes of all methods of a comparison, and see that its model and data are there.
 
     Args:
-        question: JSON file with `methods`, `task`, `model`, `data` (class_path, init_args) and `budget`.
+        question: JSON file with `methods`, `task`, `model`, `data` (class_path, init_args), `budget` and `lr`.
         answer: JSON file to write: `methods` (of each `settings`, `trained`, `note`) and `encoder_decoder`.
 
     Returns:
@@ -50,7 +50,9 @@ def choose(asked: Mapping[str, Any]) -> dict[str, Any]:
     classes: dict[str, Any] = {method: compose(method, task) for method in asked["methods"]}
     options = asked["model"]
     found: dict[str, Any] = {}
-    first = _made(next(iter(classes.values())), options)
+    rates = asked.get("lr", {})
+    made = [_made(cls, {"lr": rates[method]} if method in rates else {}, options) for method, cls in classes.items()]
+    first = made[0]  # the others were made to see that their settings are right
     labels = _labels(asked["data"], first)
     skeleton = _skeleton(first, task, labels)
     for method, cls in classes.items():

@@ -14,16 +14,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lit_peft.comparing.results import SCORES, Row, front, ranked
+from lit_peft.comparing.results import ANY, SCORES, Row, front, ranked
 
 PICTURE = "pareto.png"
+SCORE, KILOBYTES, MERGES, SERVERS = 1, 4, 7, 8  # columns
+SHORT = {ANY: "any", "vLLM": "vLLM", "HF PEFT": "PEFT", "lit_peft": "lit_peft"}
 
 
 def columns(rows: Sequence[Row], score: str) -> list[str]:
     """Return the heads of the table."""
     seeds = max((row.runs for row in rows), default=1)
-    head = SCORES[score].name + (f", mean ± std of {seeds} seeds" if seeds > 1 else "")
-    return ["method", head, "trained", "stored", "MB", "step, ms", "memory, MB", "merges", "served by"]
+    head = SCORES[score].name + (f", mean ± std of {seeds}" if seeds > 1 else "")
+    return ["method", head, "trained", "stored", "kB", "step, ms", "peak, MB", "merges", "served by"]
 
 
 def cells(row: Row, score: str) -> list[str]:
@@ -37,9 +39,9 @@ def cells(row: Row, score: str) -> list[str]:
     return [
         row.name,
         value,
-        _count(row.trained) + ("" if "above the budget" not in row.note else " (above)"),
+        _count(row.trained) + ("" if "above the budget" not in row.note else " (!)"),
         _count(row.stored),
-        "-" if row.bytes is None else f"{row.bytes / 1e6:.3g}",
+        "-" if row.bytes is None else f"{row.bytes / 1e3:,.0f}",
         "-" if row.step_seconds is None else f"{1000 * row.step_seconds:.0f}",
         "-" if row.peak_memory is None else f"{row.peak_memory / 1e6:,.0f}",
         "-" if row.merges is None else "yes" if row.merges else "no",
@@ -50,14 +52,23 @@ def cells(row: Row, score: str) -> list[str]:
 def show(rows: Sequence[Row], score: str, console: Console) -> None:
     """Print the table: baselines, then methods from best to worst; failed ones with their reason."""
     best = {row.name for row in front(rows, score)}
+    heads = columns(rows, score)
+    console.print(f"score: {heads[SCORE]}")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for i, head in enumerate(columns(rows, score)):
-        table.add_column(head, justify="left" if i in (0, 7, 8) else "right", no_wrap=i == 0, overflow="fold")
+    for i, head in enumerate(heads):
+        if i != KILOBYTES:
+            words = "score" if i == SCORE else head
+            table.add_column(words, justify="left" if i in (0, MERGES, SERVERS) else "right", no_wrap=i < MERGES)
     for row in ranked(rows, score):
+        line = cells(row, score)
+        line[SERVERS] = " ".join(SHORT[name] for name in row.servers if name != "lit_peft" or len(row.servers) == 1)
+        del line[KILOBYTES]
         style = "dim" if row.baseline else "bold" if row.name in best else "red" if row.mean(score) is None else ""
-        table.add_row(*(escape(cell) for cell in cells(row, score)), style=style)
+        table.add_row(*map(escape, line), style=style)
     console.print(table)
-    console.print("bold: no smaller method is better (the Pareto front)", style="dim")
+    large = " (!): above the budget." if any("above the budget" in row.note for row in rows) else ""
+    told = f"bold: no smaller method is better (the Pareto front).{large} any: once merged."
+    console.print(told, style="dim")
     for row in rows:
         for error in dict.fromkeys(row.errors):
             console.print(f"{escape(row.name)} failed: {escape(error)}", style="red", soft_wrap=True)
@@ -76,14 +87,19 @@ def markdown(rows: Sequence[Row], score: str, note: Mapping[str, Any], job: Mapp
         f"# {len(note['methods'])} methods on {job['model'].get('backbone', 'one model')}\n",
         _listed(lines),
         f"![score against trained weights]({PICTURE})\n" if (home / PICTURE).is_file() else "",
-        "Bold: the Pareto front, methods that none beats with as few trained weights. " + _how(rows) + "\n",
+        "Bold: the Pareto front, methods that none beats with as few trained weights. (!): above the budget. "
+        + _how(rows)
+        + "\n",
         "## What was the same for all\n",
         _listed(
             [
                 ["", ""],
                 ["---", "---"],
                 ["data", f"`{data.get('path')}`, {job['evaluate']} test rows measured"],
-                ["budget of trained weights", "none: each method as large as its defaults" if not budget else f"{budget:,}"],
+                [
+                    "budget of trained weights",
+                    "none: each method as large as its defaults" if not budget else f"{budget:,}",
+                ],
                 ["seeds", str(note["seeds"])],
                 ["learning rate", _rates(note, job)],
                 ["machine", f"{platform.machine()}, {platform.system()}"],

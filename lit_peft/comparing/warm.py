@@ -37,14 +37,9 @@ class Warm:
     """
 
     def __init__(self, modules: Sequence[str]) -> None:
-        self._complaints: IO[bytes] = TemporaryFile()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "lit_peft.comparing.warm", *modules],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._complaints,
-            start_new_session=True,  # Ctrl-C comes to the caller, who decides
-        )
+        self.modules = modules
+        self._complaints: IO[bytes] = TemporaryFile()  # noqa: SIM115 (open as long as the process)
+        self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, function: str, *arguments: Any, log: Path) -> int:
         """Call `module:function` with arguments that JSON can hold, and wait.
@@ -60,32 +55,44 @@ class Warm:
         Raises:
             RuntimeError: if no process could be started.
         """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        process = self._process = self._process or self._begin()
+        assert process.stdin is not None
+        assert process.stdout is not None
         order = {"function": function, "arguments": arguments, "log": str(log.resolve())}
         try:
-            self._process.stdin.write(json.dumps(order).encode() + b"\n")
-            self._process.stdin.flush()
+            process.stdin.write(json.dumps(order).encode() + b"\n")
+            process.stdin.flush()
         except BrokenPipeError:
             pass  # its end shows below
-        answer = self._process.stdout.readline()
+        answer = process.stdout.readline()
         if not answer:
             self._complaints.seek(0)
             said = self._complaints.read().decode(errors="replace").strip().splitlines()
             raise RuntimeError(f"The process that starts the runs ended: {said[-1] if said else 'it said nothing'}.")
         return int(answer)
 
+    def _begin(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lit_peft.comparing.warm", *self.modules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._complaints,
+            start_new_session=True,  # Ctrl-C comes to the caller, who decides
+        )
+
     def close(self) -> None:
         """End the call that is going on, letting it save, and the process."""
-        if self._process.stdin is not None and not self._process.stdin.closed:
-            self._process.stdin.close()
-        try:
-            self._process.wait(PATIENCE + 5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
+        process, self._process = self._process, None
+        if process is not None:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.close()
+            try:
+                process.wait(PATIENCE + 5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            process.stdout.close()
         self._complaints.close()
 
     def __enter__(self) -> Warm:

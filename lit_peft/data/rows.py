@@ -70,7 +70,12 @@ class Rows(LightningDataModule):
             raise ValueError(f"max_length {max_length} is too small to hold a prompt and an answer: use 8 or more.")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, not {val_fraction}.")
-        for name, value in (("num_workers", num_workers), ("seed", seed), ("shuffle_seed", shuffle_seed or 0), ("limit_test", limit_test or 0)):
+        for name, value in (
+            ("num_workers", num_workers),
+            ("seed", seed),
+            ("shuffle_seed", shuffle_seed or 0),
+            ("limit_test", limit_test or 0),
+        ):
             if value < 0:
                 raise ValueError(f"{name} is {value}; it must be 0 or more.")
         self.path, self.val_path, self.test_path = path, val_path, test_path

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from lit_peft.comparing import results
-from lit_peft.comparing.job import NOTE, Run, chosen, number, rates, runs, settle, winner
+from lit_peft.comparing.job import NOTE, Run, chosen, number, rates, runs, settle, split, winner
 from lit_peft.comparing.warm import Warm
 from lit_peft.faults import stopping
 
@@ -47,7 +47,7 @@ def run(
 ) -> int:
     """Train one job with many methods, the same data and budget for all, and say which is best at which size.
 
-    The job is given like that of `lit-peft fit`: -c FILE, and any of its options (--data.path, --trainer.max_steps ...).
+    The job is given like that of `lit-peft fit`: -c FILE, and any of its options (--data.path FILE ...).
     After a kill, the same command, or just `lit-peft compare --out FOLDER`, goes on: finished runs are kept.
 
     Args:
@@ -103,6 +103,10 @@ def run(
             with Warm(IMPORTED) as warm, TemporaryDirectory(prefix="lit-peft-") as scratch:
                 with console.status("reading the job, counting weights ..."):
                     settled = _settled(warm, arguments, Path(scratch)) if arguments else earlier["job"]  # type: ignore[index]
+                    if note["score"] and note["score"] not in (known_scores := results.BY_TASK[settled["task"]]):
+                        raise ValueError(
+                            f"--score is {note['score']}; a {settled['task']} job has {', '.join(known_scores)}."
+                        )
                     if out is None:
                         home = _new_home(settled["task"])
                     note["command"] = _command(arguments, note, home) if arguments else earlier["command"]  # type: ignore[index]
@@ -172,9 +176,10 @@ def _new_home(task: str) -> Path:
 def _settled(warm: Warm, arguments: Sequence[str], scratch: Path) -> dict[str, Any]:
     """Let `lit-peft fit` read the job, so that its rules are the same."""
     log = scratch / "job.txt"
+    arguments, settings = split(arguments)
     _must(warm("lit_peft.__main__:main", ["fit", *arguments, "--print_config=skip_default"], log=log), log)
     text = log.read_text(encoding="utf-8").partition("# lightning.pytorch==")[2].partition("\n")[2]
-    return settle(yaml.safe_load(text) or {})
+    return settle(yaml.safe_load(text) or {}, settings)
 
 
 def _planned(
@@ -186,7 +191,10 @@ def _planned(
         if set(note["methods"]) <= set(old["methods"]):
             return old
     question, answer, log = scratch / "question.json", scratch / "answer.json", scratch / "plan.txt"
-    asked = {**{key: job[key] for key in ("task", "model", "data")}, **{k: note[k] for k in ("methods", "budget")}}
+    asked = {
+        **{key: job[key] for key in ("task", "model", "data")},
+        **{k: note[k] for k in ("methods", "budget", "lr")},
+    }
     question.write_text(json.dumps(asked), encoding="utf-8")
     _must(warm("lit_peft.comparing.sizes:plan", str(question), str(answer), log=log), log)
     plan: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
@@ -291,7 +299,13 @@ def _bar(console: Console, total: int, done: int) -> Iterator[Any]:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 # The end --------------------------------------------------------------------------------------------------------------
