@@ -22,8 +22,8 @@ WARM_UP = 2  # steps that are not timed where there are more: the first ones all
 class Measures(Callback):
     """Write `measures.json`, and the adapter as it is when training ends into `adapter/`.
 
-    The file holds `trained` (weights), `stored` (`parameters` and `bytes` of the adapter folder), `step_seconds` (the
-    median of an optimizer step's forward, backward and update; data and validation do not count), `steps`, `peak_memory` in
+    The file holds `trained` (weights), `stored` (`parameters` and `bytes` of the adapter folder), `steps`, `step_seconds`
+    (the median of an optimizer step's forward, backward and update, without data and validation), `peak_memory` in
     bytes with what was measured in `memory_of`, `final_loss`, and under `test` what a test logged, the last one.
 
     Args:
@@ -84,11 +84,12 @@ class Measures(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the adapter and see how much it holds."""
         folder = self._home(trainer)
-        if hasattr(pl_module, "save_adapter"):
+        save: Any = getattr(pl_module, "save_adapter", None)
+        if save is not None:
             if trainer.is_global_zero:
                 shutil.rmtree(folder / "adapter", ignore_errors=True)
             trainer.strategy.barrier()
-            pl_module.save_adapter(folder / "adapter")
+            save(folder / "adapter")
             self.measured["stored"] = stored(folder / "adapter")
         self._write(trainer)
 

@@ -132,7 +132,7 @@ def rates(text: str | None, methods: Sequence[str]) -> dict[str, float]:
         >>> rates("lora=1e-3", ["lora", "full"])
         {'lora': 0.001}
     """
-    found = {}
+    found: dict[str, float] = {}
     for part in (text or "").split(","):
         if part.strip():
             name, named, value = part.strip().rpartition("=")

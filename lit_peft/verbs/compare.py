@@ -8,10 +8,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import date
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from textwrap import wrap
+from typing import Any, Literal, get_args, get_type_hints
 
+import docstring_parser
 import yaml
 from rich.console import Console
 from rich.markup import escape
@@ -32,7 +35,9 @@ IMPORTED = (  # by every run; loaded once
     "transformers.models.llama.modeling_llama",
     "matplotlib.backends.backend_agg",
 )
-OWN = ("methods", "budget", "seeds", "out", "shots", "lr", "score", "help")
+OWN = ("methods", "budget", "seeds", "out", "shots", "lr", "score")
+EXAMPLE = "lit-peft compare -c recipe/quickstart --methods lora,bitfit,prefix --budget 1m --model.lr null"
+USAGE = "usage: lit-peft compare -c JOB.yaml [--methods all|a,b,c] [--budget 200k|10m] [--seeds N] [--out FOLDER] ..."
 
 
 def run(
@@ -125,6 +130,9 @@ def run(
 
 def shorthand(arguments: list[str]) -> list[str]:
     """Tell the options of `compare` from those of `fit`, which become the job."""
+    if {"-h", "--help"} & set(arguments):
+        print(help_text())
+        raise SystemExit(0)
     mine: list[str] = []
     others: list[str] = []
     at = 0
@@ -132,10 +140,8 @@ def shorthand(arguments: list[str]) -> list[str]:
         name, has_value, _ = arguments[at].partition("=")
         long = name.startswith("--")
         takes = not has_value and at + 1 < len(arguments) and not arguments[at + 1].startswith("--")
-        if name in ("-h", "--help"):
-            takes = False
         pair = arguments[at : at + 1 + takes]
-        if (long and name[2:] in OWN) or name == "-h":
+        if long and name[2:] in OWN:
             # written as one word, so that an empty value stays one
             mine += [f"{name}={pair[1]}"] if takes else pair
         elif name == "--method":
@@ -144,6 +150,21 @@ def shorthand(arguments: list[str]) -> list[str]:
             others += pair
         at += len(pair)
     return [*mine, f"--job={json.dumps(others)}"] if others else mine
+
+
+def help_text() -> str:
+    """Return the help of this verb: the job's options are those of another one, so no parser can write it."""
+    found = docstring_parser.parse(run.__doc__ or "")
+    told = {argument.arg_name: " ".join((argument.description or "").split()) for argument in found.params}
+    lines = [USAGE, "", found.short_description or "", "", found.long_description or "", "", "options:"]
+    for name, parameter in signature(run).parameters.items():
+        if name in OWN:
+            default = "" if parameter.default is None else f" (default: {parameter.default})"
+            kinds = get_args(get_args(get_type_hints(run)[name])[0]) if name == "score" else ()
+            text = told[name] + (f" One of {', '.join(kinds)}." if kinds else "") + default
+            lines += wrap(text, 96, initial_indent=f"  --{name:<10}", subsequent_indent=" " * 14)
+    lines += wrap("all others: see lit-peft fit --help; they hold for every run", 96, initial_indent="  ")
+    return "\n".join([*lines, "", "example:", f"  {EXAMPLE}"])
 
 
 # Before the first run -------------------------------------------------------------------------------------------------
