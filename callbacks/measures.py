@@ -22,8 +22,8 @@ WARM_UP = 2  # steps that are not timed where there are more: the first ones all
 class Measures(Callback):
     """Write `measures.json`, and the adapter as it is when training ends into `adapter/`.
 
-    The file holds `trained` (weights), `stored` (`parameters` and `bytes` of the adapter folder), `steps`, `step_seconds`
-    (the median of an optimizer step's forward, backward and update, without data and validation), `peak_memory` in
+    The file holds `trained` (weights), `stored` (`parameters` and `bytes` of the adapter folder), `steps`, the median
+    `step_seconds` (an optimizer step's forward, backward and update, without data and validation), `peak_memory` in
     bytes with what was measured in `memory_of`, `final_loss`, and under `test` what a test logged, the last one.
 
     Args:

@@ -141,7 +141,7 @@ def shorthand(arguments: list[str]) -> list[str]:
         long = name.startswith("--")
         takes = not has_value and at + 1 < len(arguments) and not arguments[at + 1].startswith("--")
         pair = arguments[at : at + 1 + takes]
-        if long and name[2:] in OWN:
+        if long and name[2:] in (*OWN, "print_config"):
             # written as one word, so that an empty value stays one
             mine += [f"{name}={pair[1]}"] if takes else pair
         elif name == "--method":
