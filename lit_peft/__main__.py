@@ -44,7 +44,7 @@ def help_text() -> str:
         "  lit-peft fit --method lora --task sft --model.backbone Qwen/Qwen3-0.6B --data.path chats.jsonl",
         "  lit-peft preview --model.backbone Qwen/Qwen3-0.6B --data.path chats.jsonl",
         "  lit-peft chat runs/2026-01-31-lora-sft --vs base",
-        "  lit-peft compare -c recipe/quickstart --methods lora,bitfit,prefix --budget 1m",
+        "  lit-peft compare -c recipe/compare_trec --methods lora,bitfit,prefix --budget 1m",
         "",
         "`lit-peft VERB --help` lists a verb's options, `lit-peft methods NAME` explains a method.",
     ]

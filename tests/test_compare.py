@@ -16,14 +16,8 @@ import torch
 import yaml
 
 from lit_peft.__main__ import main
-from lit_peft.catalogue import FACTS, LARGEST, METHODS, SIZES
-from lit_peft.comparing.job import chosen, number, rates
-from lit_peft.comparing.results import Row, front, ranked
-from lit_peft.comparing.sizes import size, trained
-from lit_peft.data.instructions import Instructions
-from lit_peft.module import init_parameters
-from lit_peft.zoo import compose
-from tests.models import save_tiny, tiny, tiny_tokenizer
+from lit_peft.catalogue import FACTS
+from tests.models import save_tiny
 
 ROOT = Path(__file__).parents[1]
 JOB = shlex.split(
@@ -56,7 +50,9 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def interrupted(room: Path) -> tuple[int, str, str, bytes]:
     """What Ctrl-C after the first method left: exit code, screen, table, and the first run's measurements."""
-    return stop(room, [*COMPARE, "--out", "cmp"], "lora", signal.SIGINT)
+    first = room / "cmp/runs/lora/seed-1/measures.json"
+    code, shown = stop(room, [*COMPARE, "--out", "cmp"], lambda: "test" in text(first), signal.SIGINT)
+    return code, shown, text(room / "cmp/README.md"), first.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -66,24 +62,25 @@ def compared(interrupted: Any, room: Path) -> dict[str, Any]:
     return table()
 
 
-def stop(room: Path, command: list[str], after: str, number: int) -> tuple[int, str, str, bytes]:
-    """Start a comparison and stop it with a signal when a method has finished."""
+def text(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+def stop(room: Path, command: list[str], ready: Callable[[], bool], number: int) -> tuple[int, str]:
+    """Start a comparison and send it a signal when it is ready for that; returns its exit code and what it showed."""
     start = [sys.executable, "-m", "lit_peft", *command]
     process = subprocess.Popen(start, cwd=room, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    home = room / command[command.index("--out") + 1]
-    measures = home / "runs" / after / "seed-1" / "measures.json"
     try:
-        for _ in range(2400):
-            if process.poll() is not None or (measures.is_file() and "test" in measures.read_text()):
+        for _ in range(6000):
+            if process.poll() is not None or ready():
                 break
-            time.sleep(0.1)
+            time.sleep(0.02)
         process.send_signal(number)
         shown, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert measures.is_file(), shown
-    page = home / "README.md"
-    return process.returncode, shown, page.read_text() if page.is_file() else "", measures.read_bytes()
+    assert ready(), shown
+    return process.returncode, shown
 
 
 def table(home: str = "cmp") -> dict[str, Any]:
@@ -168,25 +165,27 @@ def test_the_winner_can_be_trained_again(compared: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_goes_on_from_the_checkpoint(room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    long = [*JOB, "--trainer.max_steps", "40", "--trainer.max_epochs", "-1", "--save_every", "1"]
+def test_a_killed_comparison_goes_on_from_the_checkpoint(room: Path) -> None:
+    long = [*JOB, "--trainer.max_steps", "150", "--trainer.max_epochs", "-1", "--save_every", "1"]
     command = ["compare", *long, "--methods", "lora,bitfit", "--shots", "0", "--out", "killed"]
-    stop(room, command, "lora", signal.SIGKILL)
-    assert not (room / "killed/README.md").exists()
+    first = room / "killed/runs/lora/seed-1/measures.json"
     begun = room / "killed/runs/bitfit/seed-1"
-    for _ in range(300):  # the run itself sees that the comparison is gone, and ends
-        before = [path.stat().st_mtime_ns for path in begun.rglob("*")]
-        time.sleep(0.5)
-        if before == [path.stat().st_mtime_ns for path in begun.rglob("*")]:
+    last = begun / "checkpoints/last.ckpt"
+    stop(room, command, last.is_file, signal.SIGKILL)
+    assert not (room / "killed/README.md").exists()
+    for _ in range(100):  # the run itself sees that the comparison is gone: it saves, and ends
+        if "stopped at step" in text(begun / "log.txt"):
             break
-    first = (room / "killed/runs/lora/seed-1/measures.json").read_bytes()
-    unfinished = (begun / "checkpoints/last.ckpt").is_file() and not (begun / "measures.json").is_file()
-    at = torch.load(begun / "checkpoints/last.ckpt", weights_only=True)["global_step"] if unfinished else 0
+        time.sleep(0.1)
+    at = torch.load(last, weights_only=True)["global_step"]
+    assert 0 < at < 150
+    assert not (begun / "measures.json").exists()
+    before = first.read_bytes()
     assert main(["compare", "--out", "killed"]) == 0
-    assert (room / "killed/runs/lora/seed-1/measures.json").read_bytes() == first
-    measured = json.loads((begun / "measures.json").read_text())
-    assert measured["steps"] == 40
-    assert at == 0 or at < 40
+    assert first.read_bytes() == before
+    steps = [line for line in text(begun / "log.txt").splitlines() if "stopped at step" in line]
+    assert len(steps) == 1  # still the log of the first part: the run went on, it did not start again
+    assert json.loads((begun / "measures.json").read_text())["steps"] == 150
     assert set(table("killed")["rows"]) == {"base", "lora", "bitfit"}
 
 
@@ -268,118 +267,3 @@ def test_the_verb_is_light() -> None:
     code = "import lit_peft.verbs.compare, sys; print(*{'torch', 'lightning', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
-
-
-# Parts ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_finds_its_size(method: str) -> None:
-    """Within the budget where one more step would not be, or at its smallest or largest."""
-    from lit_peft.comparing.sizes import _sizable
-
-    model = tiny("llama").to("meta")
-    cls: Any = compose(method, "sft")
-    seen: dict[str, int] = {}
-
-    def count(settings: Any) -> int:
-        seen[json.dumps(settings)] = found = trained(cls, {"backbone": "base"}, settings, model)
-        return found
-
-    budget = 3000
-    chosen_size = size(count, _sizable(cls, {}), budget)
-    assert chosen_size["trained"] is not None, chosen_size["note"]
-    fits = [number for number in seen.values() if number <= budget]
-    assert chosen_size["trained"] == (max(fits) if fits else min(seen.values()))
-    if chosen_size["trained"] > budget:
-        assert "above the budget" in chosen_size["note"]
-    elif chosen_size["settings"] and not chosen_size["note"]:
-        assert len(seen) > len(fits)  # something larger was tried, and was too large
-
-
-def test_sizes_name_fields_that_exist() -> None:
-    known: dict[str, set[str]] = {}
-    for method in METHODS:
-        for key, parameter in init_parameters(compose(method, "sft")).items():
-            known.setdefault(key, set()).update(getattr(parameter.default, "__dataclass_fields__", ()))
-    keywords = {facts.keyword for facts in FACTS.values()}
-    for keyword, choices in SIZES.items():
-        if keyword in keywords:
-            for fields, needed in choices.items():
-                assert {*fields, *needed} <= known[keyword], keyword
-    assert set(LARGEST) <= {name for fields in known.values() for name in fields}
-
-
-def test_sizes_grow_in_proportion() -> None:
-    knobs = {"prefix": {"encoder_hidden_size": 100}, "bottleneck": {"bottleneck_size": 10}}
-
-    def count(settings: Any) -> int:
-        return 7 * settings["prefix"]["encoder_hidden_size"] ** 2 + 50 * settings["bottleneck"]["bottleneck_size"]
-
-    found = size(count, knobs, 4000)
-    assert found["settings"] == {"prefix": {"encoder_hidden_size": 23}, "bottleneck": {"bottleneck_size": 2}}
-    assert found["trained"] == 7 * 23**2 + 100 <= 4000 < 7 * 24**2 + 100
-    assert size(count, knobs, 1)["note"] == "its smallest size, above the budget"
-
-
-def test_few_shot_rows_are_earlier_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIT_PEFT_CACHE", str(tmp_path / "cache"))
-    tokenizer = tiny_tokenizer()
-    system = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nHelp.<|im_end|>\n{% endif %}"
-    rows = [{"prompt": f"q{i}", "completion": ["yes", "no"][i % 2]} for i in range(20)]
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n")
-    for template in (tokenizer.chat_template, system + str(tokenizer.chat_template), None):
-        tokenizer.chat_template = template
-        plain = Instructions(str(path), max_length=64, val_fraction=0.2).attach(tokenizer)
-        shown = Instructions(str(path), max_length=64, val_fraction=0.2, shots=2).attach(tokenizer)  # type: ignore[arg-type]
-        before, after = plain.rows("test").table[0], shown.rows("test").table[0]
-        text, alone = tokenizer.decode(after["input_ids"]), tokenizer.decode(before["input_ids"])
-        head = alone.partition("q")[0]
-        assert text.endswith(alone.removeprefix(head))
-        assert text.count("Help.") == alone.count("Help.")
-        assert sum(word in text for word in ("yes", "no")) == 2  # one example of each answer
-        assert text.count("q") == 3
-        learned = [[t for t in row["labels"] if t != -100] for row in (before, after)]
-        assert learned[0] == learned[1]
-        assert len(after["labels"]) == len(after["input_ids"])
-        assert [len(r["input_ids"]) for r in plain.rows("train").table] == [
-            len(r["input_ids"]) for r in shown.rows("train").table
-        ]
-
-
-def test_another_order_of_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIT_PEFT_CACHE", str(tmp_path / "cache"))
-    path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": f"q{i}", "completion": "a"}) for i in range(20)) + "\n")
-    orders = []
-    for seed in (None, 0, 1):
-        data: Any = Instructions(str(path), max_length=64, batch_size=1, shuffle_seed=seed).attach(tiny_tokenizer())
-        orders.append([tuple(batch["input_ids"][0].tolist()) for batch in data.train_dataloader()])
-    assert orders[0] == orders[1] != orders[2]
-    assert sorted(orders[0]) == sorted(orders[2])
-
-
-def rows_of(**scores: tuple[int, float | None]) -> list[Row]:
-    return [
-        Row(name, trained=count, scores={} if mean is None else {"choice_accuracy": [mean], "perplexity": [mean]})
-        for name, (count, mean) in scores.items()
-    ]
-
-
-def test_front_and_ranks() -> None:
-    rows = [*rows_of(a=(10, 0.5), b=(20, 0.4), c=(30, 0.9), d=(30, 0.8), e=(40, 0.9), f=(5, None)), Row("base", True)]
-    assert [row.name for row in front(rows, "choice_accuracy")] == ["a", "c"]
-    assert [row.name for row in front(rows, "perplexity")] == ["a", "b"]
-    assert [row.name for row in ranked(rows, "choice_accuracy")] == ["base", "c", "e", "d", "a", "b", "f"]
-    assert [row.name for row in ranked(rows, "perplexity")] == ["base", "b", "a", "d", "c", "e", "f"]
-    several = Row("g", scores={"f1": [1.0, 2.0, 3.0]})
-    assert (several.mean("f1"), several.spread("f1")) == (2.0, 1.0)
-
-
-def test_numbers_and_names() -> None:
-    assert [number(text) for text in ("200k", "10m", "1.5M", "20_000", "7")] == [200_000, 10**7, 1_500_000, 20_000, 7]
-    assert number(None) is None
-    assert chosen("all") == list(FACTS)
-    assert rates("1e-3,full=2e-5", ["lora", "full"]) == {"lora": 1e-3, "full": 2e-5}
-    assert rates(None, ["lora"]) == {}

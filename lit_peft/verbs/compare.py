@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from lit_peft.comparing import results
-from lit_peft.comparing.job import NOTE, Run, chosen, number, rates, runs, settle, split, winner
+from lit_peft.comparing import prepare, results
+from lit_peft.comparing.job import NOTE, Run, chosen, number, rates, runs
 from lit_peft.comparing.warm import Warm
 from lit_peft.faults import stopping
 
@@ -36,7 +36,7 @@ IMPORTED = (  # by every run; loaded once
     "matplotlib.backends.backend_agg",
 )
 OWN = ("methods", "budget", "seeds", "out", "shots", "lr", "score")
-EXAMPLE = "lit-peft compare -c recipe/quickstart --methods lora,bitfit,prefix --budget 1m --model.lr null"
+EXAMPLE = "lit-peft compare -c recipe/compare_trec --methods lora,bitfit,prefix --budget 1m --seeds 3"
 USAGE = "usage: lit-peft compare -c JOB.yaml [--methods all|a,b,c] [--budget 200k|10m] [--seeds N] [--out FOLDER] ..."
 
 
@@ -107,7 +107,7 @@ def run(
         try:
             with Warm(IMPORTED) as warm, TemporaryDirectory(prefix="lit-peft-") as scratch:
                 with console.status("reading the job, counting weights ..."):
-                    settled = _settled(warm, arguments, Path(scratch)) if arguments else earlier["job"]  # type: ignore[index]
+                    settled = prepare.settled(warm, arguments, Path(scratch)) if arguments else earlier["job"]  # type: ignore[index]
                     if note["score"] and note["score"] not in (known_scores := results.BY_TASK[settled["task"]]):
                         raise ValueError(
                             f"--score is {note['score']}; a {settled['task']} job has {', '.join(known_scores)}."
@@ -115,7 +115,7 @@ def run(
                     if out is None:
                         home = _new_home(settled["task"])
                     note["command"] = _command(arguments, note, home) if arguments else earlier["command"]  # type: ignore[index]
-                    note["plan"] = _planned(warm, settled, note, earlier, Path(scratch))
+                    note["plan"] = prepare.planned(warm, settled, note, earlier, Path(scratch))
                 _affordable(note)
                 todo = runs(settled, note, home)
                 _unspoilt(todo)
@@ -124,7 +124,9 @@ def run(
                 _work(warm, todo, failures, console)
         finally:
             if any(one.measures() for one in todo) or failures:
-                _report(todo, note, settled, failures, home, console)
+                from lit_peft.comparing.report import report  # draws, which takes a second to load
+
+                report(todo, note, settled, failures, home, console)
     return 0 if any(one.verb == "fit" and one.measures() for one in todo) else 1
 
 
@@ -192,44 +194,6 @@ def _new_home(task: str) -> Path:
     while home.exists():
         home, count = Path("runs") / f"{stem}-{count}", count + 1
     return home
-
-
-def _settled(warm: Warm, arguments: Sequence[str], scratch: Path) -> dict[str, Any]:
-    """Let `lit-peft fit` read the job, so that its rules are the same."""
-    log = scratch / "job.txt"
-    arguments, settings = split(arguments)
-    _must(warm("lit_peft.__main__:main", ["fit", *arguments, "--print_config=skip_default"], log=log), log)
-    text = log.read_text(encoding="utf-8").partition("# lightning.pytorch==")[2].partition("\n")[2]
-    return settle(yaml.safe_load(text) or {}, settings)
-
-
-def _planned(
-    warm: Warm, job: Mapping[str, Any], note: Mapping[str, Any], earlier: Mapping[str, Any] | None, scratch: Path
-) -> dict[str, Any]:
-    """Return the plan: of each method the settings that meet the budget; as it was, where nothing has changed."""
-    if earlier and earlier["job"] == job and earlier["budget"] == note["budget"]:
-        old: dict[str, Any] = earlier["plan"]
-        if set(note["methods"]) <= set(old["methods"]):
-            return old
-    question, answer, log = scratch / "question.json", scratch / "answer.json", scratch / "plan.txt"
-    asked = {
-        **{key: job[key] for key in ("task", "model", "data")},
-        **{k: note[k] for k in ("methods", "budget", "lr")},
-    }
-    question.write_text(json.dumps(asked), encoding="utf-8")
-    _must(warm("lit_peft.comparing.sizes:plan", str(question), str(answer), log=log), log)
-    plan: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-    return plan
-
-
-def _must(code: int, log: Path) -> None:
-    """Pass on what a preparation complained about."""
-    if code == 0:
-        return
-    said = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    told = [line.partition(": error: ")[2] for line in said if line.startswith("lit-peft: error: ")]
-    line = told[-1] if told else said[-1] if said else f"the preparation ended with code {code}"
-    raise ValueError(line) if code == 2 else RuntimeError(line)
 
 
 def _affordable(note: Mapping[str, Any]) -> None:
@@ -327,38 +291,3 @@ def _time(seconds: float) -> str:
         if seconds < 5400
         else f"{seconds / 3600:.1f} h"
     )
-
-
-# The end --------------------------------------------------------------------------------------------------------------
-
-
-def _report(
-    todo: Sequence[Run],
-    note: Mapping[str, Any],
-    job: Mapping[str, Any],
-    failures: Mapping[Path, str],
-    home: Path,
-    console: Console,
-) -> None:
-    """Write table, picture and winner from what is there, and show them."""
-    from lit_peft.comparing import picture, table
-
-    rows = results.gather(todo, note, failures)
-    score = results.choose(rows, job["task"], note["score"])
-    title = f"{str(job['model'].get('backbone', '')).removeprefix('package:')}: {results.SCORES[score].name}"
-    drawn = picture.draw(home / table.PICTURE, f"{title}, against trained weights", rows, score)
-    best = next((row for row in results.ranked(rows, score) if not row.baseline and row.mean(score) is not None), None)
-    if best is not None:
-        first = next(one for one in todo if one.name == best.name and one.measures())
-        text = yaml.safe_dump(winner(first, best.name), sort_keys=False, allow_unicode=True)
-        head = f"# {best.name}, the winner of {home.name}: {results.SCORES[score].write(best.mean(score))} "
-        (home / "winner.yaml").write_text(f"{head}{results.SCORES[score].name}.\n{text}", encoding="utf-8")
-    (home / "results.json").write_text(results.as_json(rows, score, note, job), encoding="utf-8")
-    (home / "README.md").write_text(table.markdown(rows, score, note, job, home), encoding="utf-8")
-    console.print()
-    table.show(rows, score, console)
-    console.print(f"\ntable    {home / 'README.md'}, {home / 'results.json'}", soft_wrap=True)
-    if drawn:
-        console.print(f"picture  {drawn}", soft_wrap=True)
-    if best is not None:
-        console.print(f"winner   {best.name}: lit-peft fit -c {shlex.quote(str(home / 'winner.yaml'))}", soft_wrap=True)
