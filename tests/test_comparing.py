@@ -1,6 +1,8 @@
 """The parts of a comparison: sizes, runs, ranks, few-shot rows, labels."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ from lit_peft.comparing.labels import place_labels
 from lit_peft.comparing.results import Row, front, ranked
 from lit_peft.comparing.sizes import size, trained
 from lit_peft.comparing.table import cells, columns
+from lit_peft.comparing.warm import Warm
 from lit_peft.data.instructions import Instructions
 from lit_peft.module import init_parameters
 from lit_peft.zoo import compose
 from tests.models import tiny, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -25,7 +30,7 @@ def test_every_method_finds_its_size(method: str) -> None:
     """Within the budget where one more step would not be, or at its smallest or largest."""
     from lit_peft.comparing.sizes import _sizable
 
-    model = tiny("llama").to("meta")
+    model = tiny("llama", hidden_size=128).to("meta")  # a width that divides as methods' defaults ask
     cls: Any = compose(method, "sft")
     seen: dict[str, int] = {}
 
@@ -33,7 +38,7 @@ def test_every_method_finds_its_size(method: str) -> None:
         seen[json.dumps(settings)] = found = trained(cls, {"backbone": "base"}, settings, model)
         return found
 
-    budget = 3000
+    budget = 12_000
     chosen_size = size(count, _sizable(cls, {}), budget)
     assert chosen_size["trained"] is not None, chosen_size["note"]
     fits = [number for number in seen.values() if number <= budget]
@@ -42,6 +47,30 @@ def test_every_method_finds_its_size(method: str) -> None:
         assert "above the budget" in chosen_size["note"]
     elif chosen_size["settings"] and not chosen_size["note"]:
         assert len(seen) > len(fits)  # something larger was tried, and was too large
+
+
+def test_calls_have_processes_of_their_own(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    with Warm(["lit_peft.catalogue"]) as warm:
+        assert warm("lit_peft.__main__:main", ["methods", "--json"], log=log) == 0
+        assert json.loads(log.read_text()).keys() == METHODS.keys()
+        assert warm("lit_peft.__main__:main", ["methods", "lroa"], log=log) == 2
+        assert "Did you mean lora?" in log.read_text()
+        assert warm("os:abort", log=log) == -6  # a crash is a number, and the next call works
+        assert warm("lit_peft.__main__:main", ["--version"], log=log) == 0
+
+
+def test_calls_where_forking_is_not_safe(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    order = {"function": "lit_peft.__main__:main", "arguments": [["methods", "lroa"]], "log": str(log)}
+    command = [sys.executable, "-m", "lit_peft.comparing.warm", "--call", json.dumps(order)]
+    assert subprocess.run(command, cwd=ROOT).returncode == 2
+    assert "Did you mean lora?" in log.read_text()
+
+
+def test_a_starter_that_cannot_start_says_why(tmp_path: Path) -> None:
+    with Warm(["lit_peft.absent"]) as warm, pytest.raises(RuntimeError, match=r"ended: .*lit_peft\.absent"):
+        warm("lit_peft.__main__:main", ["methods"], log=tmp_path / "log.txt")
 
 
 def test_sizes_name_fields_that_exist() -> None:
@@ -177,6 +206,12 @@ def test_numbers_and_names() -> None:
     assert chosen("all") == list(FACTS)
     assert rates("1e-3,full=2e-5", ["lora", "full"]) == {"lora": 1e-3, "full": 2e-5}
     assert rates(None, ["lora"]) == {}
+
+
+@pytest.mark.parametrize(("name", "task"), [("LoRASFT", "sft"), ("LoRABitFitClassification", "classification")])
+def test_the_task_is_that_of_the_class(name: str, task: str) -> None:
+    model = {"class_path": f"lit_peft.zoo.{name}", "init_args": {"backbone": "b"}}
+    assert settle({"model": model, "data": {"class_path": "d", "init_args": {"path": "p"}}}, {})["task"] == task
 
 
 def test_settings_of_single_methods_are_told_apart() -> None:

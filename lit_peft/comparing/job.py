@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from lit_peft.catalogue import FACTS
+from lit_peft.catalogue import FACTS, TASKS
 
 NOTE = "compare.json"  # in a comparison's folder: what was asked and planned
 ROWS = 200  # measured, where the job does not say
@@ -185,6 +185,8 @@ def settle(resolved: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]
     path = model.get("class_path", "lit_peft.zoo.")
     if not path.startswith("lit_peft.zoo."):
         raise ValueError(f"The job's model is {path}, but compare puts method and task together. Leave --model out.")
+    # `task` itself is left out of what was resolved, where it is the command's default
+    task = next((task for task, home in TASKS.items() if path.endswith(home.rpartition(".")[2])), "sft")
     if resolved.get("ckpt_path") or model.get("init_args", {}).get("adapter"):
         raise ValueError("A comparison starts every run from the base. Leave ckpt_path and model.adapter out.")
     options, rows = dict(model.get("init_args", {})), resolved.get("evaluate", 0) or ROWS
@@ -195,7 +197,7 @@ def settle(resolved: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]
     if "class_path" not in data or "path" not in data.get("init_args", {"path": ""}):
         raise ValueError("--data.path is missing; give it as a flag or in a configuration file.")
     return {
-        "task": resolved.get("task", "sft"),
+        "task": task,
         "evaluate": rows,
         "model": options,
         "data": {"class_path": data["class_path"], "init_args": dict(data.get("init_args", {}))},

@@ -122,7 +122,7 @@ def gather(runs: Sequence[Run], note: Mapping[str, Any], failures: Mapping[Path,
         if (found := run.measures()) is not None:
             measured.setdefault(run.name, []).append(found)
             if not row.baseline and not row.servers:
-                row.servers = servers(run.folder / "adapter", row.name, str(run.config["task"]))
+                row.servers = servers(run.folder / "adapter", row.name)
         elif run.folder in failures:
             row.errors.append(failures[run.folder])
     for name, row in rows.items():
@@ -148,7 +148,7 @@ def gather(runs: Sequence[Run], note: Mapping[str, Any], failures: Mapping[Path,
     return list(rows.values())
 
 
-def servers(folder: Path, method: str, task: str) -> list[str]:
+def servers(folder: Path, method: str) -> list[str]:
     """Return what serves a trained method: anything once it is merged, else what reads its adapter folder."""
     found = [ANY] if all(FACTS[part].merges for part in method.split("+")) else []
     configs = []
@@ -158,7 +158,7 @@ def servers(folder: Path, method: str, task: str) -> list[str]:
     if len(configs) == 1 and not any(kind.startswith("LIT_") for kind in kinds):
         config = configs[0]
         plain = config["peft_type"] == "LORA" and not config.get("use_dora") and not config.get("modules_to_save")
-        if task == "sft" and plain and config.get("r", 0) <= IN_VLLM:
+        if config.get("task_type") == "CAUSAL_LM" and plain and config.get("r", 0) <= IN_VLLM:
             found.append("vLLM")
         found.append("HF PEFT")
     return [*found, "lit_peft"]

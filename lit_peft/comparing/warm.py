@@ -128,7 +128,9 @@ def _start(line: bytes) -> int | subprocess.Popen[bytes]:
         if pid == 0:
             perform(line.decode())
         return pid
-    return subprocess.Popen([sys.executable, "-m", "lit_peft.comparing.warm", "--call", line.decode()], stdin=-3)
+    return subprocess.Popen(
+        [sys.executable, "-m", "lit_peft.comparing.warm", "--call", line.decode()], stdin=subprocess.DEVNULL
+    )
 
 
 def _watch(call: int | subprocess.Popen[bytes]) -> int | None:

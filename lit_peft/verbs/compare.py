@@ -99,9 +99,10 @@ def run(
     settled: dict[str, Any] = {}
 
     def advice() -> str:
+        if not todo:
+            return "stopped before the first run; nothing was written."
         done = sum(one.measures() is not None for one in todo)
-        go_on = f" Go on: lit-peft compare --out {shlex.quote(str(home))}" if done or todo else ""
-        return f"stopped with {done} of {len(todo)} runs done.{go_on}"
+        return f"stopped with {done} of {len(todo)} runs done. Go on: lit-peft compare --out {shlex.quote(str(home))}"
 
     with stopping(advice):
         try:
