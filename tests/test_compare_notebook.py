@@ -47,6 +47,7 @@ def test_runs_on_a_tiny_model(committed: NotebookNode, tmp_path: Path, monkeypat
     ).execute()
     found = printed(code(committed))
     assert "5 of 5  loreft, seed 1" in found
+    assert "\x1b" not in found  # no moving bar
     assert "5 of 5 runs are done already" in found
     assert "method: " in found
     home = tmp_path / "runs" / "compare_methods"

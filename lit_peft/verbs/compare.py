@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -92,7 +93,8 @@ def run(
     }
     if not arguments and not earlier:
         raise ValueError("There is no job. Give one as for lit-peft fit: -c recipe/quickstart, or --model.backbone ...")
-    console = Console(highlight=False)
+    # what is piped or kept, as in a notebook that asks for colours, is no place for a moving bar
+    console = Console(highlight=False, force_terminal=None if sys.stdout.isatty() else False)
     failures: dict[Path, str] = {}
     todo: list[Run] = []
     home = Path(out or "runs")
