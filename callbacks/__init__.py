@@ -14,6 +14,7 @@ _HOME = {
     "RunReport": "run_report",
     "Throughput": "throughput",
     "AnswerWriter": "answer_writer",
+    "Measures": "measures",
     "RunProgress": "run_progress",
     "EVACalibration": "eva_calibration",
     "GracefulStop": "graceful_stop",

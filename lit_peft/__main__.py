@@ -23,6 +23,7 @@ VERBS = {
     "merge": "fold an adapter into its base and write a Hugging Face folder",
     "export": "write an adapter or a merged model for other libraries",
     "inspect": "say what is inside a checkpoint, an adapter or a run",
+    "compare": "train one job with many methods: one table, one picture, the winner",
     "methods": "list all methods, or explain one",
 }
 
@@ -43,6 +44,7 @@ def help_text() -> str:
         "  lit-peft fit --method lora --task sft --model.backbone Qwen/Qwen3-0.6B --data.path chats.jsonl",
         "  lit-peft preview --model.backbone Qwen/Qwen3-0.6B --data.path chats.jsonl",
         "  lit-peft chat runs/2026-01-31-lora-sft --vs base",
+        "  lit-peft compare -c recipe/compare_trec --methods lora,bitfit,prefix --budget 1m",
         "",
         "`lit-peft VERB --help` lists a verb's options, `lit-peft methods NAME` explains a method.",
     ]

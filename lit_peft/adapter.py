@@ -308,6 +308,8 @@ def remember(model: nn.Module, parameters: Iterable[tuple[str, nn.Parameter]]) -
     """Keep a CPU copy of parameters that are about to be trained in place, so that `disabled` can restore the base."""
     scope = scope_of(model)
     for key, parameter in parameters:
+        if parameter.is_meta:  # a model that is only counted
+            continue
         scope.originals[key] = (parameter, parameter.detach().to("cpu", copy=True))
 
 

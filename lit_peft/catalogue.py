@@ -41,3 +41,19 @@ TASKS: dict[str, str] = {
     "sft": "tasks.sft.SFT",
     "classification": "tasks.classification.Classification",
 }
+
+# What makes a method larger, for comparisons at equal numbers of trained weights: keyword of its settings -> the fields
+# that grow together, in order of preference, each with the settings that must be on for them to count. Alpha grows with
+# the rank, so that the scale alpha / r, and with it the default learning rate, stays.
+SIZES: dict[str, dict[tuple[str, ...], tuple[str, ...]]] = {
+    "lora": {("r", "alpha"): ()},
+    "adalora": {("init_r", "target_r", "alpha"): ()},
+    "mora": {("r",): ()},
+    "bottleneck": {("bottleneck_size",): ()},
+    "prefix": {("encoder_hidden_size",): ("prefix_projection",), ("num_virtual_tokens",): ()},
+    "prompt": {("num_virtual_tokens",): ()},
+    "reft": {("r",): ()},
+    "freeze": {("last_layers",): ()},
+}
+# Beyond these, the papers found nothing more to gain, while every step costs more.
+LARGEST = {"num_virtual_tokens": 100}

@@ -54,6 +54,7 @@ ROOMS = {
     "sets": "adapter named module hub targets catalogue",
     "tasks": "adapter module data backbone sites structure",
     "zoo": "methods tasks catalogue module",
+    "comparing": "catalogue zoo module backbone faults quiet",
     "saved": "hub catalogue",
     "restore": "adapter named zoo saved hub tensor_files backbone merging module catalogue forks",
 }

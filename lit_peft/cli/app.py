@@ -42,7 +42,7 @@ DATA = {
 }
 # What a checkpoint's own configuration decides; the Trainer's part in full only when training goes on.
 KEPT = ("method", "task", "seed_everything", "model", "data")
-OF_FIT = ("trainer", "evaluate", "save_every")
+OF_FIT = ("trainer", "evaluate", "evaluate_base", "save_every")
 AS_TRAINED = ("precision", "limit_val_batches")  # so that measuring gives the numbers of the training again
 
 
@@ -201,6 +201,8 @@ class LitPEFTCLI(LightningCLI):
         if self.request.verb == "fit":
             text = "after training, measure base and tuned model on this many test rows"
             parser.add_argument("--evaluate", type=int, default=0, help=text)
+            text = "measure the base as well; false saves that time where its numbers are known"
+            parser.add_argument("--evaluate_base", type=bool, default=True, help=text)
             text = "write last.ckpt also after so many optimizer steps, not only after validations and epochs"
             parser.add_argument("--save_every", type=int | None, default=None, help=text)
         check(self.request.task, catalogue.TASKS, "task")

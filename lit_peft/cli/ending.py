@@ -48,21 +48,23 @@ def finish(cli: LitPEFTCLI) -> None:
 
 def _evaluate(cli: LitPEFTCLI, rows: int, console: Console, report: Callback | None) -> None:
     trainer, model, data = cli.trainer, cli.model, cli.datamodule
+    base = bool(cli._get(cli.config, "evaluate_base", True))
     data.limit_test = rows
     data.batch_size = max(
         data.batch_size, 32
     )  # no gradients are kept: larger batches fit and read the weights less often
     if trainer.is_global_zero:
-        console.print(f"\nmeasuring base and tuned model on {rows} held-out rows ...")
+        console.print(f"\nmeasuring {'base and ' * base}tuned model on {rows} held-out rows ...")
     measured: dict[str, dict[str, float]] = {}
     try:
-        with disabled(model):
-            measured["base"] = _test(trainer, model, data)
+        if base:
+            with disabled(model):
+                measured["base"] = _test(trainer, model, data)
     except TypeError as reason:  # weights trained in place, no copy kept
         if trainer.is_global_zero:
             console.print(f"no numbers for the base: {reason}")
     measured["tuned"] = _test(trainer, model, data)
-    samples = _samples(model, data) if isinstance(model, SFT) and isinstance(data, Instructions) else []
+    samples = _samples(model, data) if base and isinstance(model, SFT) and isinstance(data, Instructions) else []
     if not trainer.is_global_zero:
         return
     columns = list(measured)

@@ -10,11 +10,13 @@ import datasets
 from lit_peft.data.collate import IGNORED, Collate, CollatePacked
 from lit_peft.data.encode import EncodeRow
 from lit_peft.data.formats import Example, Message, Reading, recognise
+from lit_peft.data.loader import EncodedRows
 from lit_peft.data.pack import best_fit, cannot_pack, wants_flat
 from lit_peft.data.packages import packaged
 from lit_peft.data.read import Part, Paths
 from lit_peft.data.render import Renderer, TrainOn
 from lit_peft.data.rows import Rows
+from lit_peft.data.shots import in_front, pick
 from lit_peft.data.truncate import Side, truncate, windows
 
 TokenRow = dict[str, Any]
@@ -39,8 +41,11 @@ class Instructions(Rows):
         train_on: Learn all answers of a conversation, or only the last.
         truncation: Which side of a too long row to drop; an answer is always kept.
         choices: The closed set of answers, for accuracy when choosing among them.
+        shots: Put this many training examples in front of each test row: few-shot prompting, the baseline of a model
+            that is not trained.
         num_workers: Processes that read ahead.
         seed: Seed of the split and of the order.
+        shuffle_seed: Seed of the order alone, for another order of the same rows; by default seed.
         cache_dir: Where encoded rows are kept; by default $LIT_PEFT_CACHE or ~/.cache/lit_peft.
 
     Raises:
@@ -69,8 +74,10 @@ class Instructions(Rows):
         train_on: TrainOn = "all",
         truncation: Side = "right",
         choices: list[str] | None = None,
+        shots: int = 0,
         num_workers: int = 0,
         seed: int = 0,
+        shuffle_seed: int | None = None,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__(
@@ -83,12 +90,16 @@ class Instructions(Rows):
             limit_test=limit_test,
             num_workers=num_workers,
             seed=seed,
+            shuffle_seed=shuffle_seed,
             cache_dir=cache_dir,
         )
         for name, value, known in (("train_on", train_on, TrainOn), ("truncation", truncation, Side)):
             if value not in get_args(known):
                 raise ValueError(f"{name} must be one of {list(get_args(known))}, not {value!r}.")
+        if shots < 0:
+            raise ValueError(f"shots is {shots}; it must be 0 or more.")
         self.save_hyperparameters(logger=False)
+        self.shots = shots
         self.format, self.columns, self.system = format, columns, system
         self.packing, self.train_on, self.truncation = packing, train_on, truncation
         self._given_choices = choices
@@ -194,6 +205,21 @@ class Instructions(Rows):
             self._counts["truncated"] += len(prompt) > self.max_length or len(answer) > self.max_length
             self._counts["answers_cut"] += len(answer) > self.max_length
             yield {"input_ids": prompt[keep], "labels": answer[: self.max_length]}
+
+    def rows(self, split: str = "train") -> EncodedRows:
+        """Return the encoded rows of `train`, `validation` or `test`; test rows behind their examples, if asked.
+
+        Raises:
+            ValueError: if there are fewer training rows than examples are wanted, or an encoder reads the prompts.
+        """
+        rows = super().rows(split)
+        if split != "test" or not self.shots:
+            return rows
+        if self.encoder_decoder:
+            raise ValueError(f"shots is {self.shots}, but an encoder-decoder reads one prompt at a time. Use shots=0.")
+        table = self.tables["train"]
+        examples = pick(table, self.shots, self.shuffle_seed)
+        return EncodedRows(in_front(rows.table, examples, Renderer(self.tokenizer, "last")))
 
     @staticmethod
     def _row(ids: list[int], learned: list[bool]) -> TokenRow:

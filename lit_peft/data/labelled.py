@@ -43,6 +43,7 @@ class Labelled(Rows):
         limit_test: Use only the first so many test rows.
         num_workers: Processes that read ahead.
         seed: Seed of the split and of the order.
+        shuffle_seed: Seed of the order alone, for another order of the same rows; by default seed.
         cache_dir: Where encoded rows are kept; by default $LIT_PEFT_CACHE or ~/.cache/lit_peft.
 
     Raises:
@@ -70,6 +71,7 @@ class Labelled(Rows):
         limit_test: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
+        shuffle_seed: int | None = None,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__(
@@ -82,6 +84,7 @@ class Labelled(Rows):
             limit_test=limit_test,
             num_workers=num_workers,
             seed=seed,
+            shuffle_seed=shuffle_seed,
             cache_dir=cache_dir,
         )
         self.save_hyperparameters(logger=False)

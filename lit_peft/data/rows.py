@@ -60,6 +60,7 @@ class Rows(LightningDataModule):
         limit_test: int | None,
         num_workers: int,
         seed: int,
+        shuffle_seed: int | None,
         cache_dir: str | None,
     ) -> None:
         super().__init__()
@@ -69,12 +70,18 @@ class Rows(LightningDataModule):
             raise ValueError(f"max_length {max_length} is too small to hold a prompt and an answer: use 8 or more.")
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must be at least 0 and below 1, not {val_fraction}.")
-        for name, value in (("num_workers", num_workers), ("seed", seed), ("limit_test", limit_test or 0)):
+        for name, value in (
+            ("num_workers", num_workers),
+            ("seed", seed),
+            ("shuffle_seed", shuffle_seed or 0),
+            ("limit_test", limit_test or 0),
+        ):
             if value < 0:
                 raise ValueError(f"{name} is {value}; it must be 0 or more.")
         self.path, self.val_path, self.test_path = path, val_path, test_path
         self.batch_size, self.max_length, self.val_fraction = batch_size, max_length, val_fraction
         self.limit_test, self.num_workers, self.seed = limit_test, num_workers, seed
+        self.shuffle_seed = seed if shuffle_seed is None else shuffle_seed
         home = cache_dir or os.environ.get("LIT_PEFT_CACHE") or "~/.cache/lit_peft"
         self.cache = Path(home).expanduser() / "data"
         self.choices: list[str] | None = None
@@ -260,7 +267,7 @@ class Rows(LightningDataModule):
         # The strategy knows how many processes hold different data: under tensor parallelism fewer than there are.
         shares = getattr(self.trainer, "distributed_sampler_kwargs", None) or {}
         sampler = ShardedSampler(
-            rows, seed=self.seed, replicas=shares.get("num_replicas"), rank=shares.get("rank"), **sampling
+            rows, seed=self.shuffle_seed, replicas=shares.get("num_replicas"), rank=shares.get("rank"), **sampling
         )
         return ResumableLoader(
             rows,
