@@ -153,7 +153,9 @@ class AdapterRestart(AdapterCallback):
         def lower(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             factor = self.factor(trainer.global_step)
             for index, group in enumerate(optimizer.param_groups):
-                if factor < 1 and any(id(parameter) in own for parameter in group["params"]):
+                # an optimizer that extends another's step runs these hooks twice, one inside the other: lower once
+                wanted = factor < 1 and index not in self._held
+                if wanted and any(id(parameter) in own for parameter in group["params"]):
                     self._held[index] = group["lr"]
                     group["lr"] = group["lr"] * factor
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_peft import hub
 from lit_peft.callbacks.checkpoint_io import write_atomically
 from lit_peft.callbacks.throughput import peak_memory
+from lit_peft.tensor_files import shapes
 
 WARM_UP = 2  # steps that are not timed where there are more: the first ones allocate and compile
 
@@ -111,7 +111,7 @@ class Measures(Callback):
 def stored(folder: Path) -> dict[str, int]:
     """Return how many parameters and bytes the weights of an adapter folder are."""
     files = sorted(folder.rglob("*.safetensors"))
-    sizes = [torch.Size(shape).numel() for file in files for shape in hub.shapes(file).values()]
+    sizes = [torch.Size(shape).numel() for file in files for shape in shapes(file).values()]
     return {"parameters": sum(sizes), "bytes": sum(file.stat().st_size for file in files)}
 
 

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import signature
 
 from torch import nn
 
@@ -74,3 +75,65 @@ def _sublayers(model: nn.Module) -> Iterator[tuple[int, Site, list[Site], list[S
         yield number, layer, [block for block in attentions if within(block, layer)], forward
     if number < 0:
         raise ValueError(f"Found no transformer layers in {type(model).__name__}: bottleneck adapters need them.")
+
+
+def hosts(model: nn.Module) -> list[str]:
+    """The paths of what embeds tokens and runs a stack of layers: `model` of a Llama, a T5's encoder and decoder.
+
+    Raises:
+        ValueError: The model has no layers, or is itself such a part: nothing can be put around it.
+    """
+    found: dict[str, None] = {}
+    for stack in stacks_of(model):
+        path = stack[0].path
+        while path and "input_ids" not in signature(_base_of(model, path).forward).parameters:
+            path = path.rpartition(".")[0]
+        if not path:
+            raise ValueError(f"{type(model).__name__} is the bare stack of layers: use the model with its head.")
+        found[path] = None
+    if not found:
+        raise ValueError(f"Found no transformer layers in {type(model).__name__}.")
+    return list(found)
+
+
+def _base_of(model: nn.Module, path: str) -> nn.Module:
+    module = model.get_submodule(path)
+    while getattr(type(module), "is_adapter", False):
+        module = module.get_submodule("base")
+    return module
+
+
+def is_causal(model: nn.Module, path: str) -> bool:
+    """Whether what lies at a path belongs to a stack whose tokens see only those before them."""
+    cores = attention_cores(model)
+    stack = next(
+        (
+            stack
+            for stack in stacks_of(model)
+            if any(_inside(path, layer.path) or _inside(layer.path, path) for layer in stack)
+        ),
+        None,
+    )
+    own = [core for core in cores if stack is None or any(_inside(core, layer.path) for layer in stack)]
+    # without such a flag a model is taken for a decoder: then no gate or pooling looks ahead
+    return any(getattr(_base_of(model, core), "is_causal", True) for core in own) if own else True
+
+
+def _inside(path: str, block: str) -> bool:
+    return path == block or path.startswith(block + ".")
+
+
+def attention_cores(model: nn.Module) -> list[str]:
+    """The paths of the modules that compute attention themselves: in BERT they are one level inside the block."""
+    found = []
+    sites = list(walk(model))
+    for block in blocks_of(model)[0]:
+        inside = (site for site in sites if within(site, block))
+        holders = (s for s in inside if hasattr(s.base, "config") and any(is_linear(c) for c in _plain(s.base)))
+        found += [site.path for site in holders][:1]
+    return found
+
+
+def _plain(module: nn.Module) -> list[nn.Module]:
+    """The children of a module without the adapters around them."""
+    return [site.base for child in module.children() for site in list(walk(child))[:1]]

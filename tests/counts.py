@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from lit_peft.sites import attention, geometry, hosts, layers, linears, stacks, widths
+from lit_peft.sites import attention, geometry, layers, linears, stacks, widths
+from lit_peft.sublayers import hosts
 
 HEADS = ("score.", "classifier.", "classification_head.")
 Count = Callable[[nn.Module], int]  # closed formula over the *base* model

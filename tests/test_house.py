@@ -46,7 +46,7 @@ ROOMS = {
     "module": "adapter",
     "hub": "adapter sites structure targets backbone tensor_files forks",
     "merging": "adapter weights hub backbone rewriting quantised",
-    "callbacks": "adapter named weights module hub merging backbone faults rewriting",
+    "callbacks": "adapter named weights module hub merging backbone faults rewriting tensor_files",
     "mixin": "selection adapter named module sites structure hub callbacks rewriting weights sets",
     "low_rank": "adapter structure weights gates ops targets selection combining",
     "methods": "adapter placing named sites structure targets weights low_rank hub rewriting mixin module "

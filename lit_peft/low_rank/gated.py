@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from lit_peft.adapter import innermost
+from lit_peft.adapter import Adapter, innermost
 from lit_peft.gates import Gates
 from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.structure import widths
@@ -23,6 +23,7 @@ class GatedLoRALinear(LoRALinear):
     """
 
     peft_type = "LIT_GATED_LORA"
+    merge = Adapter.merge  # which refuses: the gate depends on the input
 
     def add(self, name: str, config: GatedLoRAConfig) -> None:  # type: ignore[override]
         """Make A, B and the gate of another named set."""
@@ -49,16 +50,6 @@ class GatedLoRALinear(LoRALinear):
         inner = F.linear(h, self.lora_a[name].to(h.dtype))
         out: Tensor = F.linear(inner, self.lora_b[name].to(h.dtype)) * config.scale
         return out
-
-    def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
-        """Refuse: the gate depends on the input.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError(
-            "Gated LoRA cannot be merged: its gate depends on the input. Save the adapter instead of merging."
-        )
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return A, B and the gate."""

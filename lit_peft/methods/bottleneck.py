@@ -27,7 +27,8 @@ from lit_peft.gates import Gates
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
 from lit_peft.selection import telling, told
-from lit_peft.sites import geometry, is_causal
+from lit_peft.sites import geometry
+from lit_peft.sublayers import is_causal
 
 HOULSBY_STD = 1e-3
 DROP = "adapter_drop"

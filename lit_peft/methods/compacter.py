@@ -22,8 +22,8 @@ from lit_peft.methods.bottleneck import first, with_first
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
 from lit_peft.selection import telling, told
-from lit_peft.sites import geometry, hosts
-from lit_peft.sublayers import after
+from lit_peft.sites import geometry
+from lit_peft.sublayers import after, hosts
 
 RULE = "compacter_rule"
 

@@ -22,7 +22,8 @@ from lit_peft.gates import Gates
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
 from lit_peft.prefixed import GATE, KEYWORD, Prefix, prepare
-from lit_peft.sites import attention_cores, geometry, hosts, is_causal, is_linear, widths
+from lit_peft.sites import geometry, is_linear, widths
+from lit_peft.sublayers import attention_cores, hosts, is_causal
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lit_peft.adapter import Adapter, innermost, named_adapters
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
-from lit_peft.sites import geometry, hosts, is_causal, stacks
+from lit_peft.sites import geometry, stacks
+from lit_peft.sublayers import hosts, is_causal
 
 COMMONEST = 5000
 

@@ -24,7 +24,8 @@ from lit_peft.adapter import Adapter
 from lit_peft.methods.bottleneck import first, with_first
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
-from lit_peft.sites import geometry, hosts, stacks
+from lit_peft.sites import geometry, stacks
+from lit_peft.sublayers import hosts
 
 EDIT = "reft_edit"  # keyword on the way from the stack to its layers: which positions are edited
 # (batch, length), True in the prompt; None: every token that is there. Read once, when the stack is called: what the

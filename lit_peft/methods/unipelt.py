@@ -24,7 +24,8 @@ from lit_peft.methods.pfeiffer import Pfeiffer, PfeifferConfig
 from lit_peft.methods.prefix import PrefixConfig, PrefixTuning
 from lit_peft.placing import join
 from lit_peft.selection import telling
-from lit_peft.sites import hosts, is_causal, linears, match
+from lit_peft.sites import linears, match
+from lit_peft.sublayers import hosts, is_causal
 
 # what the layers that yield queries and values are called, alone or fused
 QUERY_VALUE = {"q_proj", "v_proj", "query", "value", "q", "v", "c_attn", "query_key_value", "qkv_proj", "Wqkv"}

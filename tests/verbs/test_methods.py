@@ -53,7 +53,8 @@ def test_facts_are_true(name: str) -> None:
         assert facts.config == ""
     if facts.adapter:
         adapter = imported(facts.adapter)
-        assert adapter.peft_type == facts.peft_type
+        if isinstance(adapter.peft_type, str):  # otherwise the method's configuration says; see tests/test_support.py
+            assert adapter.peft_type in facts.peft_type.split(" + ")
         assert (adapter.merge is not Adapter.merge) == facts.merges
     else:
         assert facts.merges, "what is trained in place is merged already"
