@@ -197,6 +197,8 @@ class RankAllocator(Callback):
         for name in dict.fromkeys(piece.name for piece in self._sets):
             numbers = [i for i, piece in enumerate(self._sets) if piece.name == name]
             together = torch.cat([parts[i] for i in numbers])
+            if not bool(together.any()):
+                continue  # a set that does not act in this run has no importances: its ranks stay as they are
             final = min(len(together), self.target_r * len(numbers))
             budget = self.schedule.budget(self._step, len(together), final)
             on = torch.zeros(len(together), dtype=torch.bool)

@@ -47,6 +47,7 @@ class Adapter(nn.Module):
     is_adapter: ClassVar[bool] = True
     peft_type: ClassVar[Any] = ""  # the kind of folder that holds its weights; empty: it has none
     frozen: ClassVar[tuple[str, ...]] = ()
+    packs: ClassVar[bool] = True  # whether rows of several texts give the same as the texts alone
     restarts: int = 0
 
     def __init__(self, base: nn.Module, config: Any, name: str = "default") -> None:
@@ -176,6 +177,18 @@ class Adapter(nn.Module):
             ValueError: if not.
         """
 
+    def check_config(self, path: str, config: Mapping[str, Any], name: str = "default") -> None:
+        """See that a folder's settings mean for this layer what its tensors are multiplied by here.
+
+        Args:
+            path: the layer's path in the plain model.
+            config: the contents of `adapter_config.json`.
+            name: which named set is to be filled.
+
+        Raises:
+            ValueError: if they do not, as with another scale.
+        """
+
     def shapes(self, tensors: Mapping[str, Tensor], name: str = "default") -> dict[str, tuple[int, ...]]:
         """Return `{file key: shape}` that one named set can take, of those in `tensors`; as a rule what it has now."""
         return {key: tuple(tensor.shape) for key, tensor in self.tensors(name).items()}
@@ -267,7 +280,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def check_name(name: str) -> None:
     """Raise a ValueError unless a set of weights can have this name."""
-    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ParameterDict, name):
+    if not re.fullmatch(r"[\w-]+", name) or hasattr(nn.ParameterDict(), name):
         raise ValueError(
             f"{name!r} cannot be the name of an adapter. Use letters, digits, _ and -, and no method of a dict."
         )
@@ -321,10 +334,19 @@ def merge(model: nn.Module, names: tuple[str, ...] | None = None) -> nn.Module:
         names: which sets to fold; default: those that act.
 
     Raises:
+        ValueError: if a name is unknown.
         TypeError: if a method cannot be folded, or the base is quantised.
     """
     found = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, Adapter)]
+    unknown = [name for name in names or () if name not in adapter_names(model)]
+    if unknown:
+        raise ValueError(f"No adapter is named {unknown[0]!r}. This model has {adapter_names(model)}.")
     reasons = [why for _, adapter in found if (why := getattr(type(innermost(adapter)), "unmergeable", ""))]
+    for _, adapter in found:
+        acts = [name for name in (adapter.active() if names is None else names) if name in adapter.configs]
+        if acts and type(adapter).merge is Adapter.merge:
+            kind = type(adapter).__name__
+            reasons.append(f"{kind} cannot be merged into its base. Save the adapter instead of merging.")
     if reasons:  # here, not in the first layer that cannot: nothing may be half merged
         raise TypeError(reasons[0])
     folded: dict[int, nn.Module] = {}

@@ -36,10 +36,11 @@ class Gates(nn.Module):
         self.bias = nn.ParameterDict()
         self.fixed: dict[str, float] = {}
 
-    def add(self, name: str, device: torch.device, fixed: float | None = None) -> None:
-        """Make the gate of another named set; a fixed value has no parameters."""
-        if fixed is not None:
-            self.fixed[name] = fixed
+    def add(self, name: str, device: torch.device, gate: bool | float = True) -> None:
+        """Make the gate of another named set: a learned one, none (False: always 1), or a fixed number."""
+        self.fixed.pop(name, None)
+        if gate is not True:
+            self.fixed[name] = 1.0 if gate is False else float(gate)
             return
         weight = torch.empty(self.hidden_size, device=device)
         if device.type != "meta":

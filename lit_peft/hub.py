@@ -331,6 +331,7 @@ def read(
                     )
                 mine[leaf] = _fit(file, key, shape, left.pop(key))
             adapter.check_tensors(mine, name)
+            adapter.check_config(bare(path), config, name)
             fitting.append((adapter, mine))
             copied = left.pop(f"{bare(path)}.base_layer.weight", None)  # PEFT repeats the tables that it adapts
             if copied is not None:

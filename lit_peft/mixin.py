@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from inspect import Parameter, signature
+from itertools import combinations
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -40,9 +42,11 @@ class PEFT(AdapterSets):
     """
 
     config_types: ClassVar[dict[str, type[Any]]] = {}  # settings with other defaults, where a method composes others
+    conflicts: ClassVar[tuple[str, ...]] = ()  # methods that this one cannot be stacked with
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        refuse_stack([base for base in cls.__bases__ if issubclass(base, PEFT) and not holds_task(base)])
         order = cls.__mro__
         methods = [c for c in order if issubclass(c, PEFT) and not holds_task(c)]
         tasks = [c for c in order if is_task(c)]
@@ -256,3 +260,30 @@ class PEFT(AdapterSets):
         assert self.model is not None
         with torch.no_grad():
             return merge(self.model, names or None)
+
+
+def refuse_stack(methods: Sequence[type[PEFT]]) -> None:
+    """See that methods can be stacked.
+
+    Raises:
+        TypeError: if two of them take the same settings, so that one would be lost, or do not go together.
+    """
+    for one, other in combinations([method for method in methods if method.method], 2):
+        shared = sorted(_settings(one) & _settings(other))
+        # variants of one method (dora+loraplus) are one method with the presets of both
+        variants = all(hasattr(method, "preset") and not method.config_types for method in (one, other))
+        if shared and not variants:
+            raise TypeError(
+                f"{one.method} and {other.method} both take {shared[0]!r} and would fight for one place. Use one of "
+                f"them, or add the other as a named adapter: module.add_adapter(NAME, {other.__name__})."
+            )
+        if other.method in one.conflicts or one.method in other.conflicts:
+            raise TypeError(
+                f"{one.method} does not go with {other.method}: virtual tokens move the positions that the other one "
+                "reads. Use one of them."
+            )
+
+
+def _settings(method: type[PEFT]) -> set[str]:
+    own = signature(method.__init__).parameters
+    return {key for key, parameter in own.items() if parameter.kind is Parameter.KEYWORD_ONLY}

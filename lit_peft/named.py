@@ -15,7 +15,7 @@ from torch import nn
 
 from lit_peft.adapter import Adapter, adapter_names, check_name, named_adapters, scopes_of
 from lit_peft.combining import check_how
-from lit_peft.selection import Rows, choose, originals_restored
+from lit_peft.selection import Rows, choose, keep_selection, originals_restored
 
 
 def add_adapter(model: nn.Module, name: str, config: Any = None) -> None:
@@ -154,6 +154,7 @@ def adapters(model: nn.Module, *names: str) -> AbstractContextManager[None]:
         >>> #     scores = model(**batch)
     """
     _check_known(model, names)
+    keep_selection(model)  # gradient checkpointing may have been switched on since the adapters were placed
     return choose(dict.fromkeys(scopes_of(model), names))
 
 
@@ -184,6 +185,7 @@ def routed(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Abs
             "A row cannot be answered by the base alone: weights of the base itself are trained here (biases, modules "
             "to save, layers), for all rows. Use `disabled` for a batch of such rows."
         )
+    keep_selection(model)
     return choose(dict.fromkeys(scopes_of(model), rows))
 
 
@@ -250,6 +252,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     reasons = [scope.irreversible for scope in scopes if scope.irreversible]
     if reasons:
         raise TypeError(reasons[0])
+    keep_selection(model)
     with ExitStack() as stack:
         stack.enter_context(choose(dict.fromkeys(scopes, ())))
         for scope in scopes:

@@ -97,6 +97,8 @@ def _gated(
     scaling: float | None = None,
     dropout: float = 0.0,
     position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention where each query scales the prefix's keys and values by a gate of its own (batch, length, p).
@@ -108,6 +110,10 @@ def _gated(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     gate = gate[:, None]  # the same for all heads
     scores = torch.cat([query @ k.transpose(2, 3) * gate, query @ key.transpose(2, 3)], -1) * scale
+    if s_aux is not None:
+        raise TypeError("Gates on a prefix do not go with attention sinks. Set gate: false on the prefix.")
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if position_bias is not None:
         scores = scores + position_bias
     if mask is not None and mask.dtype == torch.bool:

@@ -50,6 +50,11 @@ def restartable(model: nn.Module) -> list[tuple[str, Adapter]]:
             raise TypeError(f"A restart cannot fold into {path}, which is quantised. Load the base unquantised.")
         if owners.get(id(weight), 1) > 1:
             raise TypeError(f"A restart would change what is tied to {path} too. Leave it out of target_modules.")
+        others = {name for _, other in named_adapters(model) for name in other.configs} - set(adapter.configs)
+        if others:
+            raise TypeError(
+                f"A restart would change the base below the adapter {sorted(others)[0]!r} too. Train one set alone."
+            )
         if len(adapter.configs) > 1:
             raise TypeError(
                 f"A restart would change the base below all of {sorted(adapter.configs)}. Train one set alone."

@@ -78,7 +78,8 @@ class Rows:
     def _beams(self, x: Tensor, dimensions: int) -> int:
         # A generator's beams repeat each row: then the first dimension is a multiple of the number of rows.
         beams, rest = divmod(x.shape[0], self.count)
-        if rest or not beams or (beams > 1 and dimensions < 3):
+        # they only come in generation, which needs no gradients: in training it is a name too few
+        if rest or not beams or (beams > 1 and (dimensions < 3 or torch.is_grad_enabled())):
             raise ValueError(
                 f"Names are routed to {self.count} rows, but a layer was called with {x.shape[0]}. Give one name for "
                 "each row of the batch; layers that see single tokens (experts) cannot be routed."

@@ -328,6 +328,14 @@ class AdapterSets(AdaptableModule):
 
     def _check_placed(self, placer: AdapterSets, name: str) -> None:
         assert self.model is not None
+        hooks = ("configure_callbacks", "training_step", "adjusted_learning_rate")
+        for hook in hooks if not isinstance(self, type(placer)) else ():
+            owners = [c for c in type(placer).__mro__ if hook in c.__dict__]
+            if owners and issubclass(owners[0], AdapterSets) and owners[0].__dict__.get("method"):
+                raise TypeError(
+                    f"{type(placer).__name__} takes part in the training by its {hook}, which a further adapter cannot "
+                    f"bring along. Name it in the class: class Mine({type(placer).__name__}, ...)."
+                )
         own = {id(p) for _, adapter in named_adapters(self.model) for _, p in adapter.own_parameters()}
         in_place = [key for key, p in self.model.named_parameters() if id(p) not in own and placer.is_trainable(key, p)]
         if in_place or not hub.owned(self.model, placer.kind(), name):

@@ -90,6 +90,8 @@ def hosts(model: nn.Module) -> list[str]:
             path = path.rpartition(".")[0]
         if not path:
             raise ValueError(f"{type(model).__name__} is the bare stack of layers: use the model with its head.")
+        while path.endswith(".base") and getattr(type(model.get_submodule(path[:-5])), "is_adapter", False):
+            path = path[:-5]  # the outermost adapter: a further set joins the one that stands there
         found[path] = None
     if not found:
         raise ValueError(f"Found no transformer layers in {type(model).__name__}.")

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from lit_peft.catalogue import METHODS, TASKS
+from lit_peft.mixin import refuse_stack
 from lit_peft.module import AdaptableModule
 
 _MADE: dict[str, type[AdaptableModule]] = {}
@@ -35,6 +36,7 @@ def compose(method: str, task: str) -> type[AdaptableModule]:
     if len(set(names)) < len(names):
         raise ValueError(f"--method {method} names a method twice.")
     check(task, TASKS, "task")
+    refuse_stack([_load(METHODS[name]) for name in names])
     paths = [METHODS[name] for name in names] + [TASKS[task]]
     return _made("".join(path.rpartition(".")[2] for path in paths), paths)
 

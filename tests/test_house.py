@@ -53,7 +53,7 @@ ROOMS = {
     "callbacks ops combining selection sublayers prefixed gates",
     "sets": "adapter named module hub targets catalogue",
     "tasks": "adapter module data backbone sites structure",
-    "zoo": "methods tasks catalogue module",
+    "zoo": "methods tasks catalogue module mixin",
     "comparing": "catalogue zoo module backbone faults quiet",
     "saved": "hub catalogue",
     "restore": "adapter named zoo saved hub tensor_files backbone merging module catalogue forks",

@@ -9,8 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_peft.methods.reft import EDIT, DiReFTLayer, LoReFTLayer, ReFTConfig, edited, orthonormal, prompt_is, prompt_of
-from lit_peft.named import disabled
+from lit_peft.data.pack import cannot_pack
+from lit_peft.methods.reft import (
+    EDIT,
+    DiReFTLayer,
+    Edit,
+    LoReFTLayer,
+    ReFTConfig,
+    edited,
+    orthonormal,
+    prompt_is,
+    prompt_of,
+)
+from lit_peft.named import adapters, disabled, routed
 from lit_peft.zoo import compose
 from tests.models import save_tiny
 from tests.test_methods import batch, loader, quick_trainer, shake
@@ -48,7 +59,7 @@ def test_edits_as_in_the_paper(kind: Any, tied: bool) -> None:
             expected[b, t] = row + r.t() @ (w @ row + c - r @ row)
         else:
             expected[b, t] = row + rotation[place] @ (w @ row + c)
-    found = layer(h, **{EDIT: marks})
+    found = layer(h, **{EDIT: Edit({"default": marks})})
     assert torch.allclose(found, expected, atol=1e-6)
     assert torch.equal(found[marks == 0], h[marks == 0])
 
@@ -135,3 +146,52 @@ def test_layers_and_rank_that_are_not_there(tmp_path: Path) -> None:
         module: Any = compose("loreft", "sft")(folder, reft=settings)
         with pytest.raises(ValueError, match=message):
             module.configure_model()
+
+
+def test_each_set_has_its_own_positions_and_every_step_knows_the_prompt(tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "m"))
+    module: Any = compose("loreft", "sft")(folder, reft={"r": 2, "first": 1, "last": 1})
+    module.configure_model()
+    module.add_adapter("wide", reft=ReFTConfig(r=2, first=4, last=4))
+    assert sum(type(m).__name__ == "ReFTStack" for m in module.model.modules()) == 1
+    shake(module)
+    module.eval()
+    ids = batch("sft", rows=2)["input_ids"]
+    with torch.no_grad():
+        with routed(module, ["default", "wide"]):
+            mixed = module.model(input_ids=ids).logits
+        for row, name in enumerate(("default", "wide")):
+            with adapters(module, name):
+                assert torch.allclose(mixed[row], module.model(input_ids=ids).logits[row], atol=1e-5)
+    rows = batch("sft")
+    seen: list[Any] = []
+    stack = next(m for m in module.model.modules() if type(m).__name__ == "ReFTStack")
+    handle = stack.base.register_forward_pre_hook(lambda m, a, k: seen.append(k.get(EDIT)), with_kwargs=True)
+    with adapters(module, "default"):
+        module.training_step(rows, 0)
+        module.test_step(rows, 0)
+    handle.remove()
+    assert torch.equal(seen[0].marks["default"], seen[1].marks["default"])
+
+
+def test_packed_rows_and_deaf_models_are_refused(tmp_path: Path) -> None:
+    folder = str(save_tiny("llama", tmp_path / "m"))
+    for method in ("loreft", "prompt"):
+        module: Any = compose(method, "sft")(folder)
+        module.configure_model()
+        positions = torch.cat([torch.arange(4), torch.arange(5)])[None]
+        with pytest.raises(ValueError, match="packing: false"):
+            module.model(input_ids=torch.full((1, 9), 9), position_ids=positions)
+        assert cannot_pack(module.model)
+    module = compose("loreft", "sft")(folder)  # type: ignore[assignment]
+    module.configure_model()
+    for layer in module.model.model.layers:
+        layer.forward = lambda h, reft_edit=None, layer=layer, **kwargs: layer.base(h, **kwargs)
+    with pytest.raises(TypeError, match="without effect"):
+        module.model(input_ids=torch.full((1, 9), 9))
+
+
+@pytest.mark.parametrize("stack", ["houlsby+pfeiffer", "unipelt+lora", "prefix+p_tuning_v2", "prompt+loreft"])
+def test_stacks_that_would_lose_a_method_are_refused(stack: str) -> None:
+    with pytest.raises(TypeError, match=r"fight for one place|does not go with"):
+        compose(stack, "sft")

@@ -57,6 +57,9 @@ def cannot_pack(model: Any) -> str | None:
     homes = [sys.modules.get(kind.__module__) for kind in type(model).__mro__]
     if not any(hasattr(home, "create_causal_mask") for home in homes):
         return f"{name} does not build its attention mask from position_ids"
+    whole = [type(module).__name__ for module in model.modules() if getattr(type(module), "packs", True) is False]
+    if whole:
+        return f"the {whole[0]} around it looks for the beginning of each text"
     return None
 
 

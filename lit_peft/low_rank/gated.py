@@ -32,7 +32,7 @@ class GatedLoRALinear(LoRALinear):
         if "lora_gate" not in self._modules:
             self.lora_gate = Gates("lora", widths(base)[0])
         device = next(base.parameters()).device
-        self.lora_gate.add(name, device, None if config.gate is True else float(config.gate))
+        self.lora_gate.add(name, device, config.gate)
 
     def forward(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
         """Map (batch, length, in) to (batch, length, out)."""

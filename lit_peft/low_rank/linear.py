@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lit_peft.adapter import Adapter, innermost
 from lit_peft.combining import low_rank
 from lit_peft.structure import widths
+from lit_peft.targets import find
 from lit_peft.weights import fold
 
 if TYPE_CHECKING:
@@ -136,6 +137,23 @@ class LoRALinear(Adapter):
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return A and B under HF PEFT's names."""
         return {"lora_A.weight": self.lora_a[name].detach(), "lora_B.weight": self.lora_b[name].detach()}
+
+    def check_config(self, path: str, config: Mapping[str, Any], name: str = "default") -> None:
+        """See that the folder's scale s is the one in use here.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        r = find(config.get("rank_pattern") or {}, path, config.get("r", 8))
+        alpha = find(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))
+        theirs = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        mine = self.layer_settings(name)
+        here = mine["lora_alpha"] / (math.sqrt(mine["r"]) if mine["use_rslora"] else mine["r"])
+        if not math.isclose(theirs, here, rel_tol=1e-6):
+            raise ValueError(
+                f"The adapter was trained with the scale {theirs:g} on {path}, and here it is {here:g}. Set lora.alpha "
+                "as in its adapter_config.json, or start from the folder: adapter=FOLDER."
+            )
 
     def stored_rank(self, name: str) -> int:
         """Return the rank of A and B as `tensors` gives them, more than r where a layer holds several pairs."""

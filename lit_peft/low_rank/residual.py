@@ -78,10 +78,21 @@ class _Residual(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        a0: Tensor,
+        b0: Tensor,
+        b_step: Tensor,
+        a_step: Tensor,
+        scale: float,
+    ) -> Tensor:
         # in one product of rank 2r, as the saved folder is computed: loaded again, it is equal to the last bit
-        inner = x @ torch.cat([a, a - a0]).t()
-        out = torch.addmm(y, inner, torch.cat([b - b0, b0], dim=1).t(), alpha=scale)
+        inner = x @ torch.cat([a, a_step]).t()
+        out = torch.addmm(y, inner, torch.cat([b_step, b0], dim=1).t(), alpha=scale)
         h = inner[:, : a.shape[0]].contiguous()
         ctx.save_for_backward(x, h, a, b, a0, b0)
         ctx.scale = scale
@@ -103,7 +114,7 @@ class _Residual(torch.autograd.Function):
             da = (b.t() @ gradient.t()).mul_(ctx.scale) @ x
         if needed[3]:
             db = (h.t() @ gradient).mul_(ctx.scale).t()
-        return gradient, dx, da, db, None, None, None
+        return gradient, dx, da, db, None, None, None, None, None
 
 
 class ResidualLinear(LoRALinear):
@@ -155,9 +166,12 @@ class ResidualLinear(LoRALinear):
         config: LoRAConfig = self.configs[name]
         h: Tensor = F.dropout(x, config.dropout, self.training) if config.dropout else x
         dtype = y.dtype
-        parts = (part[name].to(dtype) for part in (self.lora_a, self.lora_b, self.lora_a0, self.lora_b0))
+        a, b, a0, b0 = (part[name] for part in (self.lora_a, self.lora_b, self.lora_a0, self.lora_b0))
+        # the differences are taken before rounding: in half precision a small step would be lost in them
+        steps = (b.detach() - b0).to(dtype), (a.detach() - a0).to(dtype)
+        parts = (part.to(dtype) for part in (a, b, a0, b0))
         flat = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(dtype)
-        out: Tensor = _Residual.apply(*flat, *parts, config.scale)  # type: ignore[no-untyped-call]
+        out: Tensor = _Residual.apply(*flat, *parts, *steps, config.scale)  # type: ignore[no-untyped-call]
         return out.view(y.shape)
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -110,6 +111,19 @@ class AdaLoRALinear(Adapter):
                 parameter.data = parameter.data.index_select(dim, rows)
 
     # Files -----------------------------------------------------------------------------------------------------------
+
+    def check_config(self, path: str, config: Mapping[str, Any], name: str = "default") -> None:
+        """See that the folder's scale s is the one in use here.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        theirs, here = float(config.get("lora_alpha", 8)) / float(config.get("init_r", 12)), self.configs[name].scale
+        if not math.isclose(theirs, here, rel_tol=1e-4):  # PEFT divides by a hair more than init_r
+            raise ValueError(
+                f"The adapter was trained with the scale {theirs:g} on {path}, and here it is {here:g}. Set "
+                "adalora.alpha and init_r as in its adapter_config.json, or start from the folder: adapter=FOLDER."
+            )
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return the kept rows under HF PEFT's names."""

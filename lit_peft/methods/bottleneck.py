@@ -152,7 +152,7 @@ class Bottleneck(Adapter):
         if config.gate is not False:
             if "bottleneck_gate" not in self._modules:
                 self.bottleneck_gate = Gates("bottleneck", d)
-            self.bottleneck_gate.add(name, device, None if config.gate is True else float(config.gate))
+            self.bottleneck_gate.add(name, device, config.gate)
 
     def branch(self, name: str, h: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return f(h), (..., d) -> (..., d), of one named set; rows are the rows of the batch that h is of."""

@@ -97,6 +97,9 @@ class IA3Config:
         chosen = self.layers_to_transform
         if chosen is not None:
             numbers = {chosen} if isinstance(chosen, int) else set(chosen)
+            missing = sorted(numbers - {layer_index(path) for path in found})
+            if missing:
+                raise ValueError(f"ia3.layers_to_transform names layer {missing[0]}, which this model lacks.")
             found = {path: scaled for path, scaled in found.items() if layer_index(path) in numbers}
         if self.exclude_modules:
             out = set(match(model, self.exclude_modules, partial=True))

@@ -63,8 +63,8 @@ class MoRAConfig:
     default_lr: ClassVar[float] = 3e-4
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"mora.r is {self.r}; it must be 1 or more.")
+        if self.r < 1 or self.r != int(self.r):
+            raise ValueError(f"mora.r is {self.r}; it must be a whole number of 1 or more.")
         if self.mora_type not in square.TYPES:
             raise ValueError(f"mora.mora_type is {self.mora_type}; it must be one of 1, 2, 3, 4, 6.")
         if self.cycle is not None and not (self.cycle and (set(self.cycle) <= {1, 2, 3, 4} or set(self.cycle) == {6})):
@@ -191,6 +191,19 @@ class MoRALinear(Adapter):
                     fold(self.base, self.delta(name))
         return self.base
 
+    def check_config(self, path: str, config: Mapping[str, Any], name: str = "default") -> None:
+        """See that the folder's type is the one in use here: the same numbers mean another update under another type.
+
+        Raises:
+            ValueError: if it is not.
+        """
+        theirs, here = config.get("mora_type", 1), self.configs[name].mora_type
+        if theirs != here:
+            raise ValueError(
+                f"The adapter is MoRA of type {theirs}, and {path} has type {here} here. Set mora.mora_type, or start "
+                "from the folder: adapter=FOLDER."
+            )
+
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return M as `{"mora_m": (r̂, r̂)}`."""
         return {"mora_m": self.mora_m[name].detach()}
@@ -208,7 +221,7 @@ class MoRA(PEFT):
     """
 
     method = "mora"
-    adapter_class: ClassVar[type[MoRALinear]] = MoRALinear
+    square_class: ClassVar[type[MoRALinear]] = MoRALinear
 
     def __init__(self, *args: Any, mora: MoRAConfig = MoRAConfig(), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -230,7 +243,7 @@ class MoRA(PEFT):
         )
         for path in paths:
             self.mora.size(innermost(self.model.get_submodule(path)), path)
-        join(self.model, dict.fromkeys(paths, self.mora), lambda base: self.adapter_class, self.placing)
+        join(self.model, dict.fromkeys(paths, self.mora), lambda base: self.square_class, self.placing)
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take the settings from an adapter folder of ours, or of the PEFT fork that came with the paper.
@@ -239,7 +252,7 @@ class MoRA(PEFT):
             ValueError: if the folder's layers do not fit this model, or it has settings that are not known here.
         """
         super().adopt(config)
-        kind = self.adapter_class.peft_type
+        kind = self.square_class.peft_type
         fork = config["peft_type"] == "LORA" and config.get("use_mora") and kind == "LIT_MORA"
         if not fork and config["peft_type"] != kind:
             return
@@ -253,4 +266,4 @@ class MoRA(PEFT):
 
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`."""
-        return [*super().parts(), {**self.mora.to_peft(), "peft_type": self.adapter_class.peft_type}]
+        return [*super().parts(), {**self.mora.to_peft(), "peft_type": self.square_class.peft_type}]

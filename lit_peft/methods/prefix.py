@@ -80,7 +80,12 @@ class PrefixBackbone(Adapter):
                 setattr(self, f"prefix_{part}", nn.ParameterDict())
             base = innermost(self.base)
             cores = attention_cores(base)
-            prepare(base, [base.get_submodule(path) for path in cores])
+            if not cores:
+                raise TypeError(
+                    f"{type(base).__name__} does not use transformers' attention interface, so prefixes cannot enter. "
+                    "Use another method, such as lora."
+                )
+            prepare(base, [innermost(base.get_submodule(path)) for path in cores])
             size = geometry(base)
             self.attentions, self.kv_heads, self.head_dim = len(cores), size.kv_heads, size.head_dim
             self.hidden_size = size.hidden
@@ -172,7 +177,7 @@ class PrefixGate(Adapter):
             first = next(module for module in base.modules() if is_linear(module))
             self.prefix_gate = Gates("prefix", widths(first)[0])
         device = next(base.parameters()).device
-        self.prefix_gate.add(name, device, None if config.gate is True else float(config.gate))
+        self.prefix_gate.add(name, device, config.gate)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base with a gate (batch, length or 1, p) for the prefix."""

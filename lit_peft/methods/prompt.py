@@ -63,6 +63,7 @@ class PromptBackbone(Adapter):
     """
 
     peft_type: ClassVar[str] = "LIT_PROMPT"
+    packs = False
 
     def add(self, name: str, config: PromptConfig) -> None:
         """Make P (p, d) of another named set."""
@@ -120,6 +121,11 @@ class PromptBackbone(Adapter):
         shares = self.shares(text)
         if not shares:
             return self.base(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        positions = kwargs.get("position_ids")
+        if attention_mask is None and positions is not None and bool((positions[:, 1:] < positions[:, :-1]).any()):
+            raise ValueError("Rows that pack several texts do not go with a prompt. Set packing: false.")
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise TypeError("A prompt needs a mask (batch, length), and a static cache has another. Use a dynamic one.")
         if inputs_embeds is None:
             inputs_embeds = self.embedding()(input_ids)
         batch, length = text.shape[:2]
@@ -233,6 +239,7 @@ class PromptTuning(PEFT):
     """
 
     method = "prompt"
+    conflicts = ("prefix", "p_tuning_v2", "mam", "unipelt", "loreft", "direft")
     backbone_class: ClassVar[type[PromptBackbone]] = PromptBackbone
 
     def __init__(self, *args: Any, prompt: PromptConfig = PromptConfig(), **kwargs: Any) -> None:

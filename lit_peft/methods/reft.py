@@ -11,7 +11,7 @@ matrix, and d r numbers are stored.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_peft.adapter import Adapter
+from lit_peft.adapter import Adapter, innermost
 from lit_peft.methods.bottleneck import first, with_first
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
@@ -85,6 +85,19 @@ class ReFTConfig:
             raise ValueError(f"reft.dropout is {self.dropout}; it must be at least 0 and below 1.")
 
 
+@dataclass(eq=False)
+class Edit:
+    """Which positions are edited in one call.
+
+    Attributes:
+        marks: for each named set (batch, length), as `edited` returns them.
+        used: whether a layer has read them.
+    """
+
+    marks: dict[str, Tensor]
+    used: bool = False
+
+
 def edited(prompt: Tensor, first: int, last: int) -> Tensor:
     """Return 1 at the first, 2 at the last tokens of each row's prompt and 0 elsewhere, (batch, length).
 
@@ -106,10 +119,17 @@ def edited(prompt: Tensor, first: int, last: int) -> Tensor:
     return marks * there
 
 
+def _refuse_packed(mask: Tensor | None, positions: Tensor | None) -> None:
+    """Raise a ValueError for rows of several texts: which of their tokens are prompts cannot be told."""
+    if mask is None and positions is not None and bool((positions[:, 1:] < positions[:, :-1]).any()):
+        raise ValueError("Rows that pack several texts do not go with this method. Set packing: false.")
+
+
 class ReFTStack(Adapter):
     """Tells the layers inside which positions to edit; has no parameters of its own."""
 
     peft_type: ClassVar[str] = ""
+    packs = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base with the marks of the prompt's first and last tokens, in a prompt pass."""
@@ -119,11 +139,22 @@ class ReFTStack(Adapter):
         if not shares or (cache is not None and cache.get_seq_length()):
             return self.base(*args, **kwargs)
         mask, prompt = kwargs.get("attention_mask"), _PROMPT.get()
-        there = text.new_ones(text.shape[:2], dtype=torch.long) if mask is None or mask.ndim != 2 else mask
+        if mask is not None and mask.ndim == 4:  # a static cache's: what the last token sees of this text
+            seen = mask[:, 0, -1, : text.shape[1]]
+            mask = (seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2).long()
+        _refuse_packed(mask, kwargs.get("position_ids"))
+        there = text.new_ones(text.shape[:2], dtype=torch.long) if mask is None else mask
         if prompt is not None:  # tokens that were generated behind it are none of it
             there = there * F.pad(prompt.to(there), (0, text.shape[1] - prompt.shape[1]))
-        config: ReFTConfig = self.configs[shares[0][0]]
-        return self.base(*args, **{**kwargs, EDIT: edited(there, config.first, config.last)})
+        configs: dict[str, ReFTConfig] = {name: self.configs[name] for name, _ in shares}
+        edit = Edit({name: edited(there, config.first, config.last) for name, config in configs.items()})
+        out = self.base(*args, **{**kwargs, EDIT: edit})
+        if not torch.compiler.is_compiling() and not edit.used:
+            raise TypeError(
+                f"{type(innermost(self.base)).__name__} does not pass keyword arguments down to its layers, so edits "
+                "would be without effect. Use another method, such as lora."
+            )
+        return out
 
 
 class LoReFTLayer(Adapter):
@@ -181,13 +212,16 @@ class LoReFTLayer(Adapter):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base and edit its (first) output."""
-        marks: Tensor | None = kwargs.pop(EDIT, None)
+        edit: Edit | None = kwargs.pop(EDIT, None)
         out = self.base(*args, **kwargs)
-        if marks is None:
+        if edit is None:
             return out
+        edit.used = True
         h = first(out)
         for name, rows in self.shares(h):
-            here = marks
+            if name not in edit.marks:
+                continue
+            here = marks = edit.marks[name]
             if rows is not None:
                 chosen = torch.zeros(h.shape[0], 1, dtype=marks.dtype, device=marks.device)
                 chosen[rows] = 1
@@ -251,13 +285,23 @@ class ReFT(PEFT):
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the task's step; tokens without a label, in front of the answer, are the prompt."""
-        with prompt_is(prompt_of(batch)):
+        with self.prompting(batch):
             return super().training_step(batch, *args, **kwargs)
 
     def validation_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the task's step as in training."""
-        with prompt_is(prompt_of(batch)):
+        with self.prompting(batch):
             return super().validation_step(batch, *args, **kwargs)
+
+    def test_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run the task's step as in training."""
+        with self.prompting(batch):
+            return super().test_step(batch, *args, **kwargs)
+
+    def prompting(self, batch: Any) -> AbstractContextManager[None]:
+        """Say which tokens of a batch are the prompt; all of the encoder's, where there is one."""
+        config: Any = getattr(self.model, "config", None)
+        return prompt_is(None if getattr(config, "is_encoder_decoder", False) else prompt_of(batch))
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take the settings from an adapter folder."""

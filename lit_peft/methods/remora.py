@@ -64,7 +64,7 @@ class ReMoRA(Restarting, MoRA):
     """
 
     method = "remora"
-    adapter_class: ClassVar[type[MoRALinear]] = ReMoRALinear
+    square_class: ClassVar[type[MoRALinear]] = ReMoRALinear
 
     def __init__(self, *args: Any, mora: MoRAConfig = MoRAConfig(), **kwargs: Any) -> None:
         super().__init__(*args, mora=mora, **kwargs)

@@ -1,0 +1,119 @@
+"""What would be silently wrong is an error, or right: settings of a loaded set, merges, checkpointing, idle sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_peft import AdaLoRA, AdaLoRAConfig, DoRA, LoRAConfig
+from lit_peft.adapter import named_adapters
+from lit_peft.named import adapters, routed
+from tests.many_adapters import move
+from tests.models import save_tiny
+from tests.test_methods import Case, batch, build, loader, outputs, quick_trainer, shake
+
+
+def made(folder: Path, method: str, **settings: Any) -> Any:
+    return build(Case(method, lambda _: 0, settings), folder, "sft")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny("llama", tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("method", "one", "other"),
+    [
+        ("lora", {"lora": {"r": 4, "alpha": 64}}, {"lora": {"r": 4, "alpha": 8}}),
+        ("lora", {"lora": {"r": 4, "use_rslora": True}}, {"lora": {"r": 4}}),
+        ("mora", {"mora": {"r": 2, "mora_type": 1}}, {"mora": {"r": 2, "mora_type": 2}}),
+        ("adalora", {"adalora": {"alpha": 64}}, {"adalora": {"alpha": 8}}),
+    ],
+)
+def test_a_set_of_other_settings_is_not_filled(method: str, one: Any, other: Any, folder: Path, tmp_path: Path) -> None:
+    source = made(folder, method, **one)
+    shake(source)
+    source.save_adapter(tmp_path / "saved")
+    target = made(folder, method, **other)
+    before = {n: p.clone() for n, p in target.named_parameters()}
+    with pytest.raises(ValueError, match=r"start\s+from the folder|from the folder"):
+        target.load_adapter(tmp_path / "saved")
+    assert all(torch.equal(p, before[n]) for n, p in target.named_parameters())
+
+
+def test_a_merge_that_cannot_be_leaves_the_model_whole(folder: Path) -> None:
+    module = made(folder, "lora")
+    with pytest.raises(ValueError, match="No adapter is named 'defualt'"):
+        module.merge_adapters("defualt")
+    assert list(named_adapters(module.model))
+    module = made(folder, "lora+prefix")
+    before = len(list(named_adapters(module.model)))
+    with pytest.raises(TypeError, match="cannot be merged"):
+        module.merge_adapters()
+    assert len(list(named_adapters(module.model))) == before
+
+
+def test_checkpointing_that_is_switched_on_late(folder: Path) -> None:
+    rows = batch("sft")
+    found = []
+    for late in (False, True):
+        module = made(folder, "lora", lora={"r": 4})
+        module.add_adapter("two")
+        move(module.model, "default", 1)
+        move(module.model, "two", 2)
+        module.train()
+        if late:
+            module.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with adapters(module, "default"):
+            one = module.model(**rows).loss
+        with adapters(module, "two"):
+            two = module.model(**rows).loss
+        (one + 2 * two).backward()
+        found.append({n: p.grad for n, p in module.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(found[1][n], g, atol=1e-6) for n, g in found[0].items())
+
+
+def test_a_name_too_few_in_training(folder: Path) -> None:
+    module = made(folder, "lora")
+    with routed(module, ["default", None]), pytest.raises(ValueError, match="2 rows"):
+        module.model(**batch("sft"))
+
+
+def test_an_idle_set_keeps_its_ranks(folder: Path, tmp_path: Path) -> None:
+    settings = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 1, "deltaT": 1}
+    module = made(folder, "adalora", adalora=settings)
+    module.add_adapter("two")
+    move(module.model, "two", 2)
+    rows = batch("sft")
+    with adapters(module, "two"):
+        before = outputs(module, rows)
+    quick_trainer(tmp_path, max_steps=8).fit(module, loader("sft", 8))
+    with adapters(module, "two"):
+        assert torch.allclose(outputs(module, rows), before, atol=1e-6)
+
+
+def test_a_further_set_that_needs_hooks_or_shares_a_base_that_changes(folder: Path, tmp_path: Path) -> None:
+    module = made(folder, "lora")
+    with pytest.raises(TypeError, match="takes part in the training"):
+        module.add_adapter("ranked", AdaLoRA, adalora=AdaLoRAConfig())
+    module = made(folder, "relora", lora={"r": 4}, restart_every=2)
+    module.add_adapter("beside", DoRA, lora=LoRAConfig(r=2), train=False)
+    with pytest.raises(TypeError, match="would change the base below"):
+        quick_trainer(tmp_path, max_steps=5).fit(module, loader("sft", 5))
+
+
+@pytest.mark.parametrize("stack", ["mora+lora", "lora+mora"])
+def test_mora_beside_lora(stack: str, folder: Path) -> None:
+    module = made(folder, stack, mora={"r": 2, "mora_type": 1}, lora={"r": 3})
+    kinds = {type(adapter).__name__ for _, adapter in named_adapters(module.model)}
+    assert kinds == {"MoRALinear", "LoRALinear"}
+
+
+def test_names_that_a_module_needs(folder: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be the name"):
+        made(folder, "lora").add_adapter("training")
