@@ -101,6 +101,7 @@ class RankAllocator(Callback):
         self._step = 0
         self._sets: list[PrunableSet] = []
         self._on: list[Tensor] = []  # which triplets are on, (r,) of bool for each set, on the CPU
+        self._acting: set[str] = set()  # names of the sets that have had gradients in this run
         self._mean: list[Tensor] = []  # J and U of every parameter of every set: this process's shard
         self._uncertainty: list[Tensor] = []
         self._loaded: dict[str, Any] = {}
@@ -174,6 +175,7 @@ class RankAllocator(Callback):
 
     def _average(self, trainer: Trainer) -> None:
         """Follow the sensitivities of one optimizer step."""
+        self._acting |= {p.name for p in self._sets if any(q.grad is not None for q, _ in p.triplets)}
         parameters = [parameter for piece in self._sets for parameter, _ in piece.triplets]
         weights = [own_part(parameter) for parameter in parameters]
         gradients = [
@@ -197,7 +199,7 @@ class RankAllocator(Callback):
         for name in dict.fromkeys(piece.name for piece in self._sets):
             numbers = [i for i, piece in enumerate(self._sets) if piece.name == name]
             together = torch.cat([parts[i] for i in numbers])
-            if not bool(together.any()):
+            if self._acting and name not in self._acting:
                 continue  # a set that does not act in this run has no importances: its ranks stay as they are
             final = min(len(together), self.target_r * len(numbers))
             budget = self.schedule.budget(self._step, len(together), final)

@@ -287,7 +287,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
             IA3Config(**wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"names none of ia3.target_modules"):
         placed(IA3Tiny, "llama", ia3=IA3Config(target_modules=["k_proj"], feedforward_modules=["down_proj"]))
-    with pytest.raises(ValueError, match="leave no layer"):
+    with pytest.raises(ValueError, match="names layer 7"):
         placed(IA3Tiny, "llama", ia3=IA3Config(layers_to_transform=7))
     whole = placed(IA3Tiny, "gpt2", ia3=IA3Config(placement="peft"))
     shake(whole)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lit_peft.data.pack import cannot_pack
 from lit_peft.methods.reft import (
@@ -167,9 +168,8 @@ def test_each_set_has_its_own_positions_and_every_step_knows_the_prompt(tmp_path
     seen: list[Any] = []
     stack = next(m for m in module.model.modules() if type(m).__name__ == "ReFTStack")
     handle = stack.base.register_forward_pre_hook(lambda m, a, k: seen.append(k.get(EDIT)), with_kwargs=True)
-    with adapters(module, "default"):
-        module.training_step(rows, 0)
-        module.test_step(rows, 0)
+    module.training_step(rows, 0)
+    quick_trainer(tmp_path).test(module, DataLoader([rows], batch_size=None), verbose=False)  # type: ignore[arg-type]
     handle.remove()
     assert torch.equal(seen[0].marks["default"], seen[1].marks["default"])
 

@@ -23,7 +23,7 @@ from lit_peft.adapter import Adapter, innermost
 from lit_peft.combining import weighted
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
-from lit_peft.sites import match, widths
+from lit_peft.sites import Site, match, walk, widths
 
 # Modules whose output is (something) + bias. Others (an attention block's packed bias) do not add it at the end.
 ADDS_BIAS = (nn.Linear, Conv1D, nn.LayerNorm, nn.GroupNorm)
@@ -172,9 +172,9 @@ class BitFit(PEFT):
 
         if self.bitfit.target_modules == "all":
             paths = [
-                path
-                for path, module in modules.items()
-                if isinstance(module, ADDS_BIAS) and has_bias(path) and not self._trained_anyway(path, module)
+                site.path
+                for site in walk(model)
+                if isinstance(site.base, ADDS_BIAS) and has_bias(site.path) and not self._trained_anyway(site)
             ]
             if paths or not self.bitfit.create_missing:
                 if not paths:
@@ -187,8 +187,8 @@ class BitFit(PEFT):
             raise ValueError(f"{missing[0]} has no bias. Set bitfit.create_missing=true to add one, or leave it out.")
         return paths, len(missing)
 
-    def _trained_anyway(self, path: str, module: nn.Module) -> bool:
-        return any(self.is_trainable(f"{path}.{key}", p) for key, p in module.named_parameters(recurse=False))
+    def _trained_anyway(self, site: Site) -> bool:
+        return any(self.is_trainable(f"{site.name}.{key}", p) for key, p in site.base.named_parameters(recurse=False))
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take the targets from an adapter folder."""
