@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lit_peft import hub, rewriting
@@ -25,6 +25,10 @@ from lit_peft.sites import describe_coverage, layers
 from lit_peft.weights import count
 
 Config = TypeVar("Config")
+
+
+# settings without which the same weights mean another function
+MEANING = frozenset({"alpha", "use_rslora", "mora_type", "init_r", "scale", "activation", "first", "last"})
 
 
 class PEFT(AdapterSets):
@@ -215,6 +219,15 @@ class PEFT(AdapterSets):
         if self.check_base:
             hub.compare_bases(checkpoint.get("lit_peft", {}).get("base") or {}, self.base_identity())
         rewriting.note(self.model, checkpoint.get("lit_peft", {}).get("restarts") or {})
+        for key, mine in self.hparams.items():
+            theirs = checkpoint.get("hyper_parameters", {}).get(key)
+            if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+                changed = sorted(name for name in MEANING & mine.keys() & theirs.keys() if mine[name] != theirs[name])
+                if changed:
+                    rank_zero_warn(
+                        f"{key}.{changed[0]} is {mine[changed[0]]!r} here and was {theirs[changed[0]]!r} when the "
+                        "checkpoint was made: its weights may mean something else now."
+                    )
         stored = set(checkpoint.get("lit_peft", {}).get("keys") or checkpoint.get("state_dict", {}))
         stored = {key for key in stored if key.startswith("model.")}
         present = {f"model.{name}" for name, _ in self.model.named_parameters(remove_duplicate=False)}

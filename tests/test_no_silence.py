@@ -117,3 +117,13 @@ def test_mora_beside_lora(stack: str, folder: Path) -> None:
 def test_names_that_a_module_needs(folder: Path) -> None:
     with pytest.raises(ValueError, match="cannot be the name"):
         made(folder, "lora").add_adapter("training")
+
+
+def test_a_checkpoint_under_another_scale_is_named(folder: Path, tmp_path: Path) -> None:
+    module = made(folder, "lora", lora={"r": 4, "alpha": 64})
+    trainer = quick_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, loader("sft", 2))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    other = made(folder, "lora", lora={"r": 4, "alpha": 8})
+    with pytest.warns(UserWarning, match=r"lora.alpha is 8 here and was 64"):
+        other.on_load_checkpoint(torch.load(tmp_path / "a.ckpt", weights_only=True))
