@@ -2,7 +2,7 @@
 
     P = MLP(biLSTM(E)),    E (p, d)
 
-The LSTM has two layers of width d / 2 in each direction, the MLP is d -> d -> d with a ReLU. `fold` keeps P only.
+The LSTM has two layers of width d / 2 in each direction, the MLP is d -> d -> d with a ReLU.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     K -> [P_K ; K],    V -> [P_V ; V]    in every attention, with p trained rows each
 
 While training the rows come from a small network, P = W_2 tanh(W_1 E + b_1) + b_2 with E (p, d); trained directly they
-were found unstable. `fold` keeps the rows only. The text's own tokens start at position p.
+were found unstable. The text's own tokens start at position p.
 """
 
 from __future__ import annotations
