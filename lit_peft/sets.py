@@ -247,6 +247,10 @@ class AdapterSets(AdaptableModule):
         self._sets[name] = made
         self._note(name, self._resolved(made, train=scope_of(self.model).trained is None))
 
+    def kinds(self) -> list[str]:
+        """Return the kinds of folder that hold this method: one, or one for each part of a composed method."""
+        return self.kind().split(" + ")
+
     def kind(self) -> str:
         """Return the `peft_type` of a single method."""
         facts = FACTS.get(self.method)
@@ -269,8 +273,8 @@ class AdapterSets(AdaptableModule):
         if folder is not None:
             configs = hub.read_configs(folder)
             found = {config["peft_type"] for config in configs}
-            placers = [placer for placer in placers if placer.kind() in found]
-            missing = sorted(found - {placer.kind() for placer in placers})
+            placers = [placer for placer in placers if found.issuperset(placer.kinds())]
+            missing = sorted(found - {kind for placer in placers for kind in placer.kinds()})
             if missing:
                 raise ValueError(
                     f"{folder} holds {' + '.join(sorted(found))}, and no method here reads {missing[0]}. "
@@ -338,7 +342,7 @@ class AdapterSets(AdaptableModule):
                 )
         own = {id(p) for _, adapter in named_adapters(self.model) for _, p in adapter.own_parameters()}
         in_place = [key for key, p in self.model.named_parameters() if id(p) not in own and placer.is_trainable(key, p)]
-        if in_place or not hub.owned(self.model, placer.kind(), name):
+        if in_place or not all(hub.owned(self.model, kind, name) for kind in placer.kinds()):
             what = f"trains existing weights such as {in_place[0]!r}" if in_place else "does not place under a name"
             kind = type(placer).__name__
             raise TypeError(f"{kind} {what}, so it cannot be the further adapter {name!r}. Use it as the first one.")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from lit_peft.adapter import named_adapters
 from lit_peft.gates import Gates
+from lit_peft.named import adapters, routed
 from lit_peft.selection import telling
 from lit_peft.zoo import compose
 from tests.models import VOCAB, save_tiny
@@ -110,3 +112,25 @@ def test_padding_does_not_move_the_gates_of_an_encoder(tmp_path: Path) -> None:
 
 def longer(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: torch.cat([v, torch.zeros_like(v)], 1) if v.ndim == 2 else v for k, v in rows.items()}
+
+
+@pytest.mark.parametrize("method", ["mam", "unipelt"])
+@torch.no_grad()
+def test_a_further_set_of_all_parts_is_routed_and_saved(method: str, tmp_path: Path) -> None:
+    parts = {key: value for key, value in PARTS.items() if method == "unipelt" or key != "lora"}
+    module = built(method, tmp_path / "base", **parts)
+    module.add_adapter("b")
+    shake(module)
+    ids = torch.randint(8, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
+    with routed(module, ["default", "b"]):
+        mixed = module.model(input_ids=ids).logits
+    for row, name in enumerate(("default", "b")):
+        with adapters(module, name):
+            assert torch.allclose(mixed[row], module.model(input_ids=ids).logits[row], atol=1e-5)
+    assert (mixed[0] - mixed[1]).abs().max() > 1e-3
+    module.save_adapter(tmp_path / "b", "b")
+    again = built(method, tmp_path / "again", **parts)
+    again.check_base = False
+    again.add_adapter("b", folder=tmp_path / "b")
+    with adapters(again, "b"):
+        assert torch.allclose(again.model(input_ids=ids).logits[1], mixed[1], atol=1e-5)
