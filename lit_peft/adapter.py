@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lit_peft.ops.blocks import unfuse
 from lit_peft.selection import Rows, Scope, acting
 
 
@@ -349,6 +350,7 @@ def merge(model: nn.Module, names: tuple[str, ...] | None = None) -> nn.Module:
             reasons.append(f"{kind} cannot be merged into its base. Save the adapter instead of merging.")
     if reasons:  # here, not in the first layer that cannot: nothing may be half merged
         raise TypeError(reasons[0])
+    unfuse(model)
     folded: dict[int, nn.Module] = {}
     for path, adapter in reversed(found):  # inner ones first; one at several paths (tied) is folded once
         if id(adapter) not in folded:

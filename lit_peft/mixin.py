@@ -19,6 +19,7 @@ from lit_peft.adapter import Adapter, adapter_names, merge, named_adapters, scop
 from lit_peft.callbacks.adapter_freeze import AdapterFreeze
 from lit_peft.callbacks.base import AdapterCallback
 from lit_peft.named import activate, train_adapters
+from lit_peft.ops.blocks import fuse
 from lit_peft.selection import keep_selection
 from lit_peft.sets import AdapterSets, holds_task, is_task
 from lit_peft.sites import describe_coverage, layers
@@ -43,6 +44,7 @@ class PEFT(AdapterSets):
         named: further adapters by name, each with what `add_adapter` takes: the methods' settings, or
             `adapter: FOLDER`; and `train: false` to keep it as it is.
         active: names of the adapters that act together, in this order; None: the first one, `default`.
+        fused: let gated MLPs and RMS norms keep less for the backward pass; values and checkpoints stay as they are.
     """
 
     config_types: ClassVar[dict[str, type[Any]]] = {}  # settings with other defaults, where a method composes others
@@ -61,8 +63,10 @@ class PEFT(AdapterSets):
                 f"task hides the method's hooks. Methods come first: class {cls.__name__}({', '.join(parts)})."
             )
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, fused: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.fused = fused
+        self.save_hyperparameters({"fused": fused})
         self.strict_loading = False  # checkpoints hold adapters only; `on_load_checkpoint` does the checking
 
     def configured(self, kind: type[Config], key: str, value: Config | Mapping[str, Any], **preset: Any) -> Config:
@@ -109,6 +113,8 @@ class PEFT(AdapterSets):
             self.load_adapter(self.adapter)
         self.place_named()
         keep_selection(self.model)
+        if self.fused:
+            fuse(self.model)
         trainer = self._trainer
         callbacks = [cb for cb in getattr(trainer, "callbacks", []) if isinstance(cb, AdapterCallback)]
         if not any(isinstance(cb, AdapterFreeze) for cb in callbacks):

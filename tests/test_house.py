@@ -19,7 +19,7 @@ PYTHON_FILES = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 # room -> the rooms it may import (and always itself). A room is a file or a folder directly in lit_peft.
 ROOMS = {
     "selection": "",
-    "adapter": "selection",
+    "adapter": "selection ops",
     "combining": "",
     "placing": "adapter",
     "named": "selection adapter combining",
@@ -47,7 +47,7 @@ ROOMS = {
     "hub": "adapter sites structure targets backbone tensor_files forks",
     "merging": "adapter weights hub backbone rewriting quantised",
     "callbacks": "adapter named weights module hub merging backbone faults rewriting tensor_files",
-    "mixin": "selection adapter named module sites structure hub callbacks rewriting weights sets",
+    "mixin": "selection adapter named ops module sites structure hub callbacks rewriting weights sets",
     "low_rank": "adapter structure weights gates ops targets selection combining",
     "methods": "adapter placing named sites structure targets weights low_rank hub rewriting mixin module "
     "callbacks ops combining selection sublayers prefixed gates",

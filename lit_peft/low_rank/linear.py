@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lit_peft.adapter import Adapter, innermost
 from lit_peft.combining import low_rank
+from lit_peft.ops.low_rank import low_rank_update
 from lit_peft.structure import widths
 from lit_peft.targets import find
 from lit_peft.weights import fold
@@ -89,11 +89,7 @@ class LoRALinear(Adapter):
         """Return y + s B A dropout(x): (..., in), (..., out) -> (..., out)."""
         config: LoRAConfig = self.configs[name]
         a, b = self.pair(name)
-        h: Tensor = F.dropout(x, config.dropout, self.training) if config.dropout else x
-        h = F.linear(h, a.to(h.dtype))
-        # addmm adds B h to y in one pass, with no temporary of the output's size
-        rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype)
-        return torch.addmm(rows, h, b.t().to(y.dtype), alpha=config.scale).view(y.shape)
+        return low_rank_update(y, x, a, b, config.scale, dropout=config.dropout if self.training else 0.0)
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A (rank, in) and B (out, rank) as they are multiplied."""

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lit_peft.adapter import innermost
 from lit_peft.low_rank.linear import LoRALinear
+from lit_peft.ops.residual import residual_update
 from lit_peft.structure import is_linear, widths
 from lit_peft.weights import dense
 
@@ -69,52 +69,6 @@ def principal(weight: Tensor, r: int, start: str) -> tuple[Tensor, Tensor]:
     largest = right.gather(1, right.abs().argmax(1, keepdim=True)).squeeze(1)
     signs = torch.where(largest < 0, -1.0, 1.0)
     return (signs * root)[:, None] * right, u * (signs * root)
-
-
-class _Residual(torch.autograd.Function):
-    """y + s [B - B0 | B0] [A ; A - A0] x, keeping for the backward pass what plain LoRA keeps: x and A x.
-
-    Written with plain operations, autograd would keep a copy of every sum and difference of parameters, in each layer.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        a: Tensor,
-        b: Tensor,
-        a0: Tensor,
-        b0: Tensor,
-        b_step: Tensor,
-        a_step: Tensor,
-        scale: float,
-    ) -> Tensor:
-        # in one product of rank 2r, as the saved folder is computed: loaded again, it is equal to the last bit
-        inner = x @ torch.cat([a, a_step]).t()
-        out = torch.addmm(y, inner, torch.cat([b_step, b0], dim=1).t(), alpha=scale)
-        h = inner[:, : a.shape[0]].contiguous()
-        ctx.save_for_backward(x, h, a, b, a0, b0)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, a, b, a0, b0 = ctx.saved_tensors
-        r, needed = a.shape[0], ctx.needs_input_grad
-        dx = da = db = None
-        # results are (r, rows), not (rows, r): narrow ones are up to four times slower on CPUs
-        if needed[1]:
-            both = (torch.cat([b, b0], dim=1).t() @ gradient.t()).mul_(ctx.scale)
-            inner = both[:r]
-            da = inner @ x if needed[2] else None
-            dx = both.t() @ torch.cat([a, -a0])
-        elif needed[2]:
-            da = (b.t() @ gradient.t()).mul_(ctx.scale) @ x
-        if needed[3]:
-            db = (h.t() @ gradient).mul_(ctx.scale).t()
-        return gradient, dx, da, db, None, None, None, None, None
 
 
 class ResidualLinear(LoRALinear):
@@ -164,15 +118,9 @@ class ResidualLinear(LoRALinear):
     def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s (B A - B0 A0) dropout(x): (..., in), (..., out) -> (..., out)."""
         config: LoRAConfig = self.configs[name]
-        h: Tensor = F.dropout(x, config.dropout, self.training) if config.dropout else x
-        dtype = y.dtype
         a, b, a0, b0 = (part[name] for part in (self.lora_a, self.lora_b, self.lora_a0, self.lora_b0))
-        # the differences are taken before rounding: in half precision a small step would be lost in them
-        steps = (b.detach() - b0).to(dtype), (a.detach() - a0).to(dtype)
-        parts = (part.to(dtype) for part in (a, b, a0, b0))
-        flat = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(dtype)
-        out: Tensor = _Residual.apply(*flat, *parts, *steps, config.scale)  # type: ignore[no-untyped-call]
-        return out.view(y.shape)
+        dropout = config.dropout if self.training else 0.0
+        return residual_update(y, x, a, b, a0, b0, config.scale, dropout=dropout)
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return the set as plain LoRA of twice the rank, under HF PEFT's names."""

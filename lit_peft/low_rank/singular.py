@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lit_peft.adapter import Adapter, innermost
+from lit_peft.ops.low_rank import low_rank_update
 from lit_peft.structure import widths
 from lit_peft.weights import fold
 
@@ -65,12 +65,8 @@ class AdaLoRALinear(Adapter):
         """Return y + s P (lambda * (Q dropout(x))): (..., in), (..., out) -> (..., out)."""
         config: AdaLoRAConfig = self.configs[name]
         p, scale, q = self.adalora_p[name], self.adalora_lambda[name], self.adalora_q[name]
-        h: Tensor = F.dropout(x, config.dropout, self.training) if config.dropout else x
-        h = F.linear(h, q.to(h.dtype))
-        h = h * scale.to(h.dtype)
-        rows = y.reshape(-1, y.shape[-1])
-        h = h.reshape(len(rows), len(scale)).to(y.dtype)  # no -1: a layer may be left with no rank
-        return torch.addmm(rows, h, p.t().to(y.dtype), alpha=config.scale).view(y.shape)
+        dropout = config.dropout if self.training else 0.0
+        return low_rank_update(y, x, q, p, config.scale, dropout=dropout, diagonal=scale)
 
     def delta(self, name: str) -> Tensor:
         """Return s P diag(lambda) Q, (out, in), in float32."""

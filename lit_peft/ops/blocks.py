@@ -1,0 +1,177 @@
+"""The gated MLP of Llama and its kin, and RMS normalisation, keeping less for the backward pass.
+
+    MLP:   e = x We^T,  g = x Wg^T,  h = act(e) g,  y = h Wd^T          keeps e and g, not act(e), and h is made again
+    norm:  n = w x rho,  rho = 1 / sqrt(mean(x^2) + eps)                keeps x and rho, and n is made again
+
+`fuse` puts these in the place of a model's own modules, after all methods have placed. The children, their names and
+so all checkpoints stay as they are, and `unfuse` brings the model's own modules back.
+"""
+
+from __future__ import annotations
+
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_peft.ops.recipes import fusing, note
+
+
+class _Product(torch.autograd.Function):
+    """silu(e) g, keeping e and g."""
+
+    @staticmethod
+    def forward(ctx: Any, e: Tensor, g: Tensor) -> Tensor:
+        ctx.save_for_backward(e, g)
+        return silu_product(e, g)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        e, g = ctx.saved_tensors
+        de = torch.ops.aten.silu_backward(gradient * g, e) if ctx.needs_input_grad[0] else None
+        dg = torch.nn.functional.silu(e).mul_(gradient) if ctx.needs_input_grad[1] else None
+        return de, dg
+
+
+def silu_product(e: Tensor, g: Tensor) -> Tensor:
+    """Return silu(e) g, of e and g of one shape."""
+    return torch.nn.functional.silu(e).mul_(g)
+
+
+class _Norm(torch.autograd.Function):
+    """w (x rho), keeping x and rho; the mean is taken in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, rho)
+        return normalised(x, weight, rho)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rho = ctx.saved_tensors
+        inner = (gradient * weight).float()
+        # d(x rho)/dx = rho (1 - x rho (x rho)^T / width)
+        unit = x.float() * rho
+        dx = inner.sub_(unit.mul_((inner * unit).mean(-1, keepdim=True))).mul_(rho)
+        return dx.to(x.dtype), None, None
+
+
+def normalised(x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
+    """Return w (x rho) in x's dtype: x (..., width), w (width,), rho (..., 1) in float32."""
+    return weight * (x.float() * rho).to(x.dtype)
+
+
+class Fused(nn.Module):
+    """Stands for one of a model's own modules, with the very same children and parameters; see `fuse`."""
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        self.training = plain.training
+        self.__dict__["plain"] = plain  # not a child: names and checkpoints stay as they are
+        # one dictionary for both, so that what is put in the place of a child later is seen by both
+        for part in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[part] = plain.__dict__[part]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "plain":
+                raise
+            return getattr(self.__dict__["plain"], name)
+
+
+class FusedMLP(Fused):
+    """down(silu(gate(x)) up(x))."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the MLP's output: (..., width) -> (..., width)."""
+        e, g = self.gate_proj(x), self.up_proj(x)
+        if fusing() and (e.requires_grad or g.requires_grad) and e.shape == g.shape and e.dtype == g.dtype:
+            product: Tensor = _Product.apply(e, g)  # type: ignore[no-untyped-call]
+            return self.down_proj(note(product, e, g, make=silu_product))  # type: ignore[no-any-return]
+        return self.down_proj(self.act_fn(e) * g)  # type: ignore[no-any-return]
+
+
+class FusedNorm(Fused):
+    """w x / sqrt(mean(x^2) + eps)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised x: (..., width) -> (..., width)."""
+        if fusing() and x.requires_grad and not self.weight.requires_grad:
+            with torch.no_grad():
+                rho = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+            y: Tensor = _Norm.apply(x, self.weight, rho)  # type: ignore[no-untyped-call]
+            return note(y, x, self.weight, rho, make=normalised)
+        return _rms_norm(self, x)
+
+
+def _gated_mlp(self: Any, x: Tensor) -> Tensor:
+    y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return y
+
+
+def _rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
+    kept = x.dtype
+    x = x.to(torch.float32)
+    squares = x.pow(2).mean(-1, keepdim=True)
+    x = x * torch.rsqrt(squares + self.variance_epsilon)
+    return self.weight * x.to(kept)  # type: ignore[no-any-return]
+
+
+def _says(code: CodeType) -> tuple[Any, ...]:
+    """Return what a function does, without the names of its variables."""
+    return code.co_code, code.co_names, code.co_consts[1:], code.co_argcount
+
+
+def fuse(model: nn.Module) -> int:
+    """Let a model's gated MLPs and RMS norms keep less for the backward pass; values stay what they are.
+
+    Only modules whose own `forward` says exactly what is written above are replaced, told by their code; those with
+    hooks, and MLPs with another activation than SiLU, are left alone. `unfuse` undoes it.
+
+    Returns:
+        How many modules work in this way now.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> shape = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, vocab_size=8)
+        >>> fuse(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **shape)))
+        7
+    """
+    made: dict[nn.Module, nn.Module] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        kind = _kind(module)
+        if path and kind is not None:
+            if module not in made:
+                made[module] = kind(module)
+            _put(model, path, made[module])
+    return sum(isinstance(module, Fused) for module in model.modules())
+
+
+def unfuse(model: nn.Module) -> None:
+    """Bring back the model's own modules; the inverse of `fuse`."""
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if path and isinstance(module, Fused):
+            module.plain.train(module.training)
+            _put(model, path, module.plain)
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _kind(module: nn.Module) -> type[Fused] | None:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    code = getattr(type(module).forward, "__code__", None)
+    if code is None or "forward" in module.__dict__ or any(getattr(module, hook) for hook in hooks):
+        return None
+    if _says(code) == _says(_rms_norm.__code__):
+        return FusedNorm
+    # by name: transformers has a class of its own for it
+    silu = "silu" in type(getattr(module, "act_fn", None)).__name__.lower()
+    return FusedMLP if silu and _says(code) == _says(_gated_mlp.__code__) else None

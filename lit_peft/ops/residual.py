@@ -1,0 +1,108 @@
+"""The update of PiSSA and OLoRA, s (B A - B0 A0) D(x), and its gradients.
+
+    out = y + s [B - B0 | B0] [A ; A - A0] D(x)          one product of rank 2r
+
+which is exactly zero at the start in any precision. For g the gradient of out, P = s B^T g^T and P0 = s B0^T g^T:
+
+    dy = g        dx = D(P^T A - P0^T A0)        dA = P D(x)        dB = s (A D(x)^T g)^T
+
+What is kept is what plain LoRA keeps, x (or what it is made of) and A x. Written with plain operations, autograd would
+keep a copy of every sum and difference of parameters, in each layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_peft.ops.low_rank import drawn, dropped
+from lit_peft.ops.low_rank import reference as plain
+from lit_peft.ops.recipes import Recipe, eager, recipe_of
+
+
+def reference(y: Tensor, x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scale: float) -> Tensor:
+    """Return y + s (B A - B0 A0) x with plain operations."""
+    return plain(y, x, torch.cat([a, a - a0]), torch.cat([b - b0, b0], dim=1), scale)
+
+
+def residual_update(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scale: float, *, dropout: float = 0.0
+) -> Tensor:
+    """Return y + s (B A - B0 A0) dropout(x).
+
+    Args:
+        y: the layer's output (..., out); its dtype is the result's.
+        x: the layer's input (..., in).
+        a: A (r, in).
+        b: B (out, r).
+        a0: A0 (r, in), where A started; gets no gradient.
+        b0: B0 (out, r), where B started; gets no gradient.
+        scale: s.
+        dropout: the probability with which an entry of x is left out, the others divided by 1 - p.
+
+    Returns:
+        (..., out). A second derivative is not there: asking for one raises.
+
+    Example:
+        >>> import torch
+        >>> x, y, a, b = torch.ones(2, 4), torch.zeros(2, 3), torch.ones(1, 4), torch.ones(3, 1)
+        >>> residual_update(y, x, 2 * a, b, a, b, scale=1.0)[0].tolist()
+        [4.0, 4.0, 4.0]
+    """
+    if not eager():
+        return reference(y, F.dropout(x, dropout) if dropout else x, a, b, a0, b0, scale)
+    # the differences are taken before rounding: in half precision a small step would be lost in them
+    steps = (b.detach() - b0).to(y.dtype), (a.detach() - a0).to(y.dtype)
+    parts = (part.to(y.dtype) for part in (a, b, a0, b0))
+    out: Tensor = _Residual.apply(y, x, *parts, *steps, scale, dropout, drawn(dropout), recipe_of(x))  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Residual(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        a: Tensor,
+        b: Tensor,
+        a0: Tensor,
+        b0: Tensor,
+        b_step: Tensor,
+        a_step: Tensor,
+        scale: float,
+        p: float,
+        seed: int,
+        recipe: Recipe,
+    ) -> Tensor:
+        # in one product of rank 2r, as the saved folder is computed: loaded again, it is equal to the last bit
+        with torch.autocast(y.device.type, enabled=False):
+            inner = torch.cat([a, a_step]) @ dropped(x, p, seed).reshape(-1, x.shape[-1]).to(y.dtype).t()
+            b_both = torch.cat([b_step, b0], dim=1)
+            out = torch.addmm(y.reshape(-1, y.shape[-1]), inner.t(), b_both.t(), alpha=scale)
+        needed = ctx.needs_input_grad
+        h = inner[: a.shape[0]].clone() if needed[3] else None
+        ctx.save_for_backward(a, b, a0, b0, h, *(recipe.parts if needed[2] else ()))
+        ctx.made = recipe.make, x.shape, x.dtype, scale, p, seed
+        return out.view(y.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        a, b, a0, b0, h, *parts = ctx.saved_tensors
+        make, shape, dtype, scale, p, seed = ctx.made
+        r, needed = a.shape[0], ctx.needs_input_grad
+        g = gradient.reshape(-1, gradient.shape[-1])
+        dx = da = db = None
+        if needed[1]:
+            both = (torch.cat([b, b0], dim=1).t() @ g.t()).mul_(scale)
+            dx = dropped((both.t() @ torch.cat([a, -a0])).view(shape), p, seed).to(dtype)
+        if needed[2]:
+            inner = both[:r] if needed[1] else (b.t() @ g.t()).mul_(scale)
+            da = inner @ dropped(make(*parts), p, seed).reshape(-1, shape[-1]).to(g.dtype)
+        if needed[3]:
+            db = (h @ g).mul_(scale).t()
+        return gradient if needed[0] else None, dx, da, db, *[None] * 8
