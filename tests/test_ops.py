@@ -93,6 +93,15 @@ def test_the_residual_is_nothing_at_the_start() -> None:
     assert residual.residual_update(y, x, a, b, a, b, 2.0).equal(y)
 
 
+@pytest.mark.parametrize("r", [0, 3])
+def test_without_gradients(r: int) -> None:
+    shapes = [(2, 5, 7), (2, 5, 4), (r, 4), (7, r), (r,)]
+    y, x, a, b, diagonal = (drawn(*shape, dtype=torch.float64, seed=i).detach() for i, shape in enumerate(shapes))
+    with torch.no_grad():
+        got = low_rank.low_rank_update(y, x, a, b, 0.5, diagonal=diagonal)
+        agree(got, low_rank.reference(y, x, a, b, 0.5, diagonal), 1e-12)
+
+
 def test_only_gradients_that_are_asked_for() -> None:
     y, x, b = (drawn(3, 4, dtype=torch.float32, seed=i).detach() for i in range(3))
     a = drawn(3, 4, dtype=torch.float32, seed=4)

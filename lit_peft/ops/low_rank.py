@@ -64,6 +64,10 @@ def low_rank_update(
     # cast out here, so that the gradients come back in the parameters' dtype
     a, b = a.to(y.dtype), b.to(y.dtype)
     diagonal = None if diagonal is None else diagonal.to(y.dtype)
+    if not (torch.is_grad_enabled() or dropout):
+        rows = y.reshape(-1, y.shape[-1])
+        h = F.linear(x.to(y.dtype), a if diagonal is None else diagonal[:, None] * a).reshape(len(rows), len(a))
+        return torch.addmm(rows, h, b.t(), alpha=scale).view(y.shape)
     out: Tensor = _Update.apply(y, x, a, b, diagonal, scale, dropout, drawn(dropout), recipe_of(x))  # type: ignore[no-untyped-call]
     return out
 
