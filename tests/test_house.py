@@ -52,7 +52,7 @@ ROOMS = {
     "methods": "adapter placing named sites structure targets weights low_rank hub rewriting mixin module "
     "callbacks ops combining selection sublayers prefixed gates",
     "sets": "adapter named module hub targets catalogue",
-    "tasks": "adapter module data backbone sites structure",
+    "tasks": "adapter ops module data backbone sites structure",
     "zoo": "methods tasks catalogue module mixin",
     "comparing": "catalogue zoo module backbone faults quiet",
     "saved": "hub catalogue",

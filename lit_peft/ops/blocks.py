@@ -1,7 +1,8 @@
-"""The gated MLP of Llama and its kin, and RMS normalisation, keeping less for the backward pass.
+"""The gated MLP of Llama and its kin, RMS normalisation, and the output layer, keeping less for the backward pass.
 
     MLP:   e = x We^T,  g = x Wg^T,  h = act(e) g,  y = h Wd^T          keeps e and g, not act(e), and h is made again
     norm:  n = w x rho,  rho = 1 / sqrt(mean(x^2) + eps)                keeps x and rho, and n is made again
+    head:  the loss is computed from the hidden states, see `cross_entropy`
 
 `fuse` puts these in the place of a model's own modules, after all methods have placed. The children, their names and
 so all checkpoints stay as they are, and `unfuse` brings the model's own modules back.
@@ -9,13 +10,16 @@ so all checkpoints stay as they are, and `unfuse` brings the model's own modules
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lit_peft.ops.recipes import fusing, note
+from lit_peft.ops.recipes import eager, fusing, note
 
 
 class _Product(torch.autograd.Function):
@@ -31,13 +35,13 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         e, g = ctx.saved_tensors
         de = torch.ops.aten.silu_backward(gradient * g, e) if ctx.needs_input_grad[0] else None
-        dg = torch.nn.functional.silu(e).mul_(gradient) if ctx.needs_input_grad[1] else None
+        dg = F.silu(e).mul_(gradient) if ctx.needs_input_grad[1] else None
         return de, dg
 
 
 def silu_product(e: Tensor, g: Tensor) -> Tensor:
     """Return silu(e) g, of e and g of one shape."""
-    return torch.nn.functional.silu(e).mul_(g)
+    return F.silu(e).mul_(g)
 
 
 class _Norm(torch.autograd.Function):
@@ -68,7 +72,7 @@ class Fused(nn.Module):
     """Stands for one of a model's own modules, with the very same children and parameters; see `fuse`."""
 
     def __init__(self, plain: nn.Module) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.training = plain.training
         self.__dict__["plain"] = plain  # not a child: names and checkpoints stay as they are
         # one dictionary for both, so that what is put in the place of a child later is seen by both
@@ -109,6 +113,71 @@ class FusedNorm(Fused):
         return _rms_norm(self, x)
 
 
+class FusedHead(Fused, nn.Linear):
+    """An output layer that hands its input over to a loss which is computed with the layer's weight in one go.
+
+    Inside of `with head.opened():` it returns its input as it is, and notes it; everywhere else, its logits.
+    """
+
+    def __init__(self, plain: nn.Linear) -> None:
+        Fused.__init__(self, plain)
+        self.is_open = False
+        self.given: Tensor | None = None
+        self.refused = False  # whether the model does something to the logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + c, or x itself: (..., d) -> (..., V) or (..., d)."""
+        if self.is_open and eager():
+            self.given = x
+            return x
+        return F.linear(x, self.weight, self.bias)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Let the model's output be the hidden states."""
+        self.is_open, self.given = True, None
+        try:
+            yield
+        finally:
+            self.is_open = False
+
+
+def head_of(model: nn.Module) -> FusedHead | None:
+    """Return the frozen output layer whose loss can be taken in one go, if the model has one."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    if not isinstance(head, FusedHead) or head.refused or not eager():
+        return None
+    parts = [part for part in (head.weight, head.bias) if part is not None]
+    plain = all(type(part) is nn.Parameter and not part.requires_grad for part in parts)
+    return head if plain else None
+
+
+def scored(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, FusedHead | None]:
+    """Call a model for its loss: return its logits and None, or its last hidden states and the layer they belong to.
+
+    The layer is there when it is frozen, and the model's `logits` are what the layer returned, without a cap or scale.
+
+    Args:
+        model: a language model, as from transformers.
+        inputs: its keyword arguments.
+
+    Returns:
+        (batch, length, V) and None; or (batch, length, d) and the layer, for `linear_cross_entropy`.
+    """
+    head = head_of(model)
+    if head is not None:
+        with head.opened():
+            output: Tensor = model(**inputs).logits
+        given, head.given = head.given, None
+        if given is output and type(head.weight) is nn.Parameter:  # not one shard of many
+            return output, head
+        if given is None:  # the model went another way to its logits
+            return output, None
+        head.refused = True  # the model does something to its logits; asked once
+    return model(**inputs).logits, None
+
+
 def _gated_mlp(self: Any, x: Tensor) -> Tensor:
     y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
     return y
@@ -128,7 +197,7 @@ def _says(code: CodeType) -> tuple[Any, ...]:
 
 
 def fuse(model: nn.Module) -> int:
-    """Let a model's gated MLPs and RMS norms keep less for the backward pass; values stay what they are.
+    """Let a model's gated MLPs, RMS norms and output layer keep less for the backward pass; values stay what they are.
 
     Only modules whose own `forward` says exactly what is written above are replaced, told by their code; those with
     hooks, and MLPs with another activation than SiLU, are left alone. `unfuse` undoes it.
@@ -140,11 +209,13 @@ def fuse(model: nn.Module) -> int:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> shape = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, vocab_size=8)
         >>> fuse(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **shape)))
-        7
+        8
     """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if callable(find) else None
     made: dict[nn.Module, nn.Module] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        kind = _kind(module)
+        kind = _kind(module, head)
         if path and kind is not None:
             if module not in made:
                 made[module] = kind(module)
@@ -165,10 +236,16 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _kind(module: nn.Module) -> type[Fused] | None:
+def _hooked(module: nn.Module) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in module.__dict__ or any(getattr(module, hook) for hook in hooks)
+
+
+def _kind(module: nn.Module, head: nn.Module | None) -> type[Fused] | None:
     code = getattr(type(module).forward, "__code__", None)
-    if code is None or "forward" in module.__dict__ or any(getattr(module, hook) for hook in hooks):
+    if type(module) is nn.Linear and module is head and not _hooked(module):
+        return FusedHead
+    if code is None or _hooked(module):
         return None
     if _says(code) == _says(_rms_norm.__code__):
         return FusedNorm

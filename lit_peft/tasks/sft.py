@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
+from lit_peft.ops.blocks import FusedHead, scored
+from lit_peft.ops.cross_entropy import linear_cross_entropy, token_scores
 from lit_peft.tasks import answers
 from lit_peft.tasks.task import Task
 
@@ -49,31 +51,40 @@ class SFT(Task):
         """HF PEFT's name for this task."""
         return "SEQ_2_SEQ_LM" if self.encoder_decoder else "CAUSAL_LM"
 
-    def trained_logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return logits (n, vocabulary) and targets (n,) of the n trained tokens of a batch."""
+    def scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, FusedHead | None]:
+        """Return what stands for the n trained tokens of a batch, and their targets (n,).
+
+        That is logits (n, vocabulary) and None, or hidden states (n, width) and the output layer they belong to. A
+        batch without a trained token gives one that is ignored, so that every process has gradients.
+        """
         assert self.model is not None
         model, labels = self.model, batch["labels"]
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+        inputs: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+        inputs["use_cache"] = False
         if self.encoder_decoder:
             shifted = model.prepare_decoder_input_ids_from_labels(labels=labels)  # type: ignore[operator]
-            logits = model(**inputs, decoder_input_ids=shifted, use_cache=False).logits
-            kept = labels != IGNORED
-            return logits[kept], labels[kept]
-        targets = labels[:, 1:]
-        columns = (targets != IGNORED).any(0).nonzero().squeeze(1)
-        if (
-            columns.numel() == 0
-        ):  # nothing to learn here: one column keeps the graph, so that every process has gradients
-            columns = columns.new_zeros(1)
-        if answers.keeps_logits(type(model)):
-            logits = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+            out, head = scored(model, {**inputs, "decoder_input_ids": shifted})
+            targets = labels
         else:
-            logits = model(**inputs, use_cache=False).logits[:, columns]
-        targets = targets[:, columns]
+            targets = labels[:, 1:]
+            columns = (targets != IGNORED).any(0).nonzero().squeeze(1)
+            if columns.numel() == 0:
+                columns = columns.new_zeros(1)
+            if answers.keeps_logits(type(model)):
+                out, head = scored(model, {**inputs, "logits_to_keep": columns})
+            else:
+                out, head = scored(model, inputs)
+                out = out[:, columns]
+            targets = targets[:, columns]
         kept = targets != IGNORED
         if not kept.any():
-            return logits[:, 0] * 0.0, targets[:, 0]
-        return logits[kept], targets[kept]
+            return out[:1, 0], targets[:1, 0], head
+        return out[kept], targets[kept], head
+
+    def trained_logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return logits (n, vocabulary) and targets (n,) of the n trained tokens of a batch."""
+        out, targets, head = self.scored(batch)
+        return out if head is None else head(out), targets
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """See in the first batch that the end of turn is learned.
@@ -97,17 +108,27 @@ class SFT(Task):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the summed loss; `Task` divides the gradients once, over the whole batch."""
-        logits, targets = self.trained_logits(batch)
-        loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
-        return self.summed(loss, (targets != IGNORED).sum())
+        out, targets, head = self.scored(batch)
+        count = (targets != IGNORED).sum()
+        if not count:
+            loss = out.float().sum() * 0.0
+        elif head is None:
+            loss = F.cross_entropy(out.float(), targets, reduction="sum")
+        else:
+            loss = linear_cross_entropy(out, head.weight, targets, head.bias)
+        return self.summed(loss, count)
 
     def _measure(self, batch: dict[str, Tensor], nll: MeanMetric, hits: MeanMetric) -> None:
-        logits, targets = self.trained_logits(batch)
-        kept = targets != IGNORED
-        if kept.any():
-            logits, targets = logits[kept].float(), targets[kept]
-            nll.update(F.cross_entropy(logits, targets, reduction="none"))
-            hits.update((logits.argmax(-1) == targets).float())
+        out, targets, head = self.scored(batch)
+        if (targets == IGNORED).any():
+            return
+        if head is None:
+            nll.update(F.cross_entropy(out.float(), targets, reduction="none"))
+            hits.update((out.argmax(-1) == targets).float())
+        else:
+            losses, right = token_scores(out, head.weight, targets, head.bias)
+            nll.update(losses)
+            hits.update(right)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Measure loss and accuracy of the trained tokens."""

@@ -1,0 +1,185 @@
+"""The modules that are put in a model's place: same values, names and gradients, and less kept."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_peft import LoRAConfig, place
+from lit_peft.low_rank.linear import LoRALinear
+from lit_peft.ops import low_rank
+from lit_peft.ops.blocks import Fused, FusedMLP, FusedNorm, fuse, scored, unfuse
+from lit_peft.ops.recipes import note, recipe_of
+from tests.ops.exact import adapted, agree, drawn, gradients, llama
+
+
+@contextmanager
+def kept() -> Iterator[list[Tensor]]:
+    """Lists what autograd keeps."""
+    found: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+def test_fused_modules_give_the_same() -> None:
+    plain, fused, ids = adapted(), adapted(), torch.arange(20).view(2, 10)
+    assert fuse(fused) == 2 + 5 + 1
+    wanted, wanted_gradients = gradients(plain, ids)
+    got, got_gradients = gradients(fused, ids)
+    agree(got, wanted, 1e-14)
+    for one, other in zip(got_gradients, wanted_gradients, strict=True):
+        agree(one, other, 1e-6)  # the plain norm works in float32
+
+
+def test_fused_norm_is_exact() -> None:
+    """Against the formula in float64, which the model's own norm only reaches to float32."""
+    norm = llama().model.norm
+    fused = FusedNorm(norm)
+    x = drawn(3, 32, dtype=torch.float32, seed=0)
+    y = x.detach().double().requires_grad_()
+    wanted = norm.weight * y / (y.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    got = fused.float()(x)
+    agree(got, wanted, 1e-6)
+    got.sin().sum().backward()
+    wanted.sin().sum().backward()
+    agree(x.grad, y.grad, 1e-6)
+
+
+def test_names_and_weights_stay() -> None:
+    model = adapted()
+    names, own = list(model.state_dict()), dict(model.named_modules())
+    fuse(model)
+    assert list(model.state_dict()) == names
+    assert isinstance(model.model.layers[0].mlp, FusedMLP)
+    unfuse(model)
+    assert dict(model.named_modules()) == own
+    assert not any(isinstance(module, Fused) for module in model.modules())
+
+
+def test_a_child_put_in_later_is_seen_by_both() -> None:
+    model = llama()
+    fuse(model)
+    place(model, ["model.layers.0.mlp.up_proj"], lambda base: LoRALinear(base, LoRAConfig(r=2)))
+    unfuse(model)
+    assert isinstance(model.model.layers[0].mlp.up_proj, LoRALinear)
+
+
+def test_what_is_kept() -> None:
+    """Neither the activation, nor the product, nor the norms' outputs: 2 f + 2 d less a token and layer."""
+    plain, fused, ids = adapted().float(), adapted().float(), torch.arange(20).view(2, 10)
+    fuse(fused)
+    weights = {p.untyped_storage().data_ptr() for m in (plain, fused) for p in [*m.parameters(), *m.buffers()]}
+    sizes = []
+    for model in (plain, fused):
+        with kept() as found:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
+        sizes.append(sum(size for where, size in storages.items() if where not in weights))
+        del loss
+    width, inner, tokens, layers = 32, 48, 20, 2
+    # the first norm's input needs no gradient, so that its output is kept as before
+    assert sizes[0] - sizes[1] >= tokens * (layers * 2 * (inner + width) - width) * 4
+
+
+def test_other_modules_are_left_alone() -> None:
+    hooked = llama()
+    hooked.model.layers[0].mlp.register_forward_hook(lambda module, args, out: out)
+    assert fuse(hooked) == 1 + 5 + 1
+    assert fuse(llama(hidden_act="gelu")) == 5 + 1
+    assert fuse(fused := llama()) == fuse(fused) == 8
+
+
+def test_checkpointing_and_dropout_give_the_same() -> None:
+    ids = torch.arange(20).view(2, 10)
+    results = []
+    for checkpointing in (False, True):
+        model = adapted(LoRAConfig(r=2, dropout=0.3))
+        fuse(model)
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        results.append(gradients(model, ids))
+    agree(results[1][0], results[0][0], 1e-12)
+    for one, other in zip(results[1][1], results[0][1], strict=True):
+        agree(one, other, 1e-12)
+
+
+def test_compiled_gives_the_same() -> None:
+    model, ids = adapted(), torch.arange(20).view(2, 10)
+    fuse(model)
+    wanted, wanted_gradients = gradients(model, ids)
+    got, got_gradients = gradients(torch.compile(model, backend="aot_eager"), ids)  # type: ignore[arg-type]
+    agree(got, wanted, 1e-6)
+    for one, other in zip(got_gradients, wanted_gradients, strict=True):
+        agree(one, other, 1e-5)
+
+
+def test_plain_operations_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = adapted(), torch.arange(20).view(2, 10)
+    fuse(model)
+    wanted, wanted_gradients = gradients(model, ids)
+    monkeypatch.setenv("LIT_PEFT_KERNELS", "0")
+    monkeypatch.delattr(low_rank, "_Update")  # would be missed
+    got, got_gradients = gradients(model, ids)
+    agree(got, wanted, 1e-12)
+    for one, other in zip(got_gradients, wanted_gradients, strict=True):
+        agree(one, other, 1e-6)
+
+
+def test_a_recipe_is_void_when_its_tensor_is_changed() -> None:
+    part = torch.ones(2)
+    x = note(part * 2, part, make=lambda part: part * 2)
+    assert recipe_of(x).make(*recipe_of(x).parts).equal(x)
+    x.mul_(3)
+    assert recipe_of(x).parts[0] is x
+
+
+def test_the_head_hands_over_its_input_only_where_asked() -> None:
+    model, ids = adapted(), torch.arange(20).view(2, 10)
+    plain = model(input_ids=ids).logits
+    fuse(model)
+    assert model(input_ids=ids).logits.equal(plain)
+    hidden, head = scored(model, {"input_ids": ids})
+    assert head is model.lm_head
+    agree(head(hidden), plain, 1e-6)
+    assert model(input_ids=ids).logits.equal(plain)
+
+
+def test_a_model_that_changes_its_logits_keeps_them() -> None:
+    """Gemma 2 caps them: seen at the first call, and then not asked again."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=64, num_hidden_layers=2, head_dim=8, **shape)).eval()
+    model.requires_grad_(False)
+    ids = torch.arange(20).view(2, 10)
+    wanted = model(input_ids=ids).logits
+    assert fuse(model) == 1
+    for _ in range(2):
+        got, head = scored(model, {"input_ids": ids})
+        assert head is None
+        assert got.equal(wanted)
+    assert model.lm_head.refused
+
+
+def test_a_trained_or_adapted_head_gives_logits() -> None:
+    ids = torch.arange(20).view(2, 10)
+    for change in (
+        lambda model: model.lm_head.requires_grad_(),
+        lambda model: place(model, ["lm_head"], lambda base: LoRALinear(base, LoRAConfig(r=2))),
+        lambda model: setattr(model, "lm_head", torch.compile(model.lm_head, backend="eager")),
+    ):
+        model = llama()
+        fuse(model)
+        change(model)
+        out, head = scored(model, {"input_ids": ids})
+        assert head is None
+        assert out.shape[-1] == 64

@@ -1,0 +1,58 @@
+"""Cross entropy of hidden states against float64, in pieces of any size."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lit_peft.ops import cross_entropy
+from tests.ops.exact import TOLERANCE, agree, drawn
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "piece"), [(7, 2**23), (7, 40), (1, 1), (0, 40)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear_cross_entropy(
+    rows: int, piece: int, biased: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cross_entropy.PIECE, "cpu", piece)
+    x = drawn(rows, 12, dtype=dtype, seed=0)
+    weight, bias = (drawn(*shape, dtype=dtype, seed=1).detach() for shape in ((19, 12), (19,)))
+    targets = torch.arange(rows) * 5 % 19
+    exact = x.detach().double().requires_grad_()
+    wanted = cross_entropy.reference(exact, weight.double(), targets, bias.double() if biased else None)
+    got = cross_entropy.linear_cross_entropy(x, weight, targets, bias if biased else None)
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    tolerance = {torch.float64: 1e-6}.get(dtype, TOLERANCE[dtype])  # the plain one works in float32
+    agree(got, wanted, tolerance)
+    (got * 0.5).backward()
+    (wanted * 0.5).backward()
+    agree(x.grad, exact.grad, tolerance)
+    losses, hits = cross_entropy.token_scores(x, weight, targets, bias if biased else None)
+    agree(losses.sum(), wanted, tolerance)
+    likeliest = torch.nn.functional.linear(x, weight, bias if biased else None).argmax(-1)
+    assert hits.bool().equal(likeliest == targets)
+
+
+def test_a_trained_head_is_refused() -> None:
+    with pytest.raises(ValueError, match="output layer is to be trained"):
+        cross_entropy.linear_cross_entropy(torch.ones(1, 2), torch.ones(3, 2, requires_grad=True), torch.tensor([0]))
+
+
+def test_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor of the step has rows x vocabulary entries."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.ndim and out.shape[-1] == 501:
+                largest = max(largest, out.numel())
+            return out
+
+    monkeypatch.setitem(cross_entropy.PIECE, "cpu", 501 * 8)
+    x, weight = drawn(64, 4, dtype=torch.float32, seed=0), torch.randn(501, 4)
+    with Watch():
+        cross_entropy.linear_cross_entropy(x, weight, torch.arange(64)).backward()
+    assert 0 < largest <= 501 * 8

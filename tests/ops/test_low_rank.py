@@ -1,0 +1,168 @@
+"""Low-rank updates against float64: values, every gradient, dropout, and what they refuse."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lit_peft import LoRAConfig
+from lit_peft.low_rank.linear import LoRALinear
+from lit_peft.ops import low_rank, residual
+from tests.ops.exact import TOLERANCE, agree, drawn
+
+SIZES = [(5, 7, 3, 1), (1, 33, 65, 7), (17, 64, 31, 16), (0, 9, 9, 8), (70, 96, 80, 64)]  # rows, in, out, r
+
+
+def both(
+    op: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: list[Tensor],
+    tolerance: float,
+    **settings: float,
+) -> None:
+    """Compares an op with its float64 reference: the value and the gradient of every input."""
+    exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
+    got, wanted = op(*inputs, **settings), reference(*exact, **settings)
+    assert got.dtype == inputs[0].dtype
+    agree(got, wanted, tolerance)
+    weight = torch.randn(wanted.shape, dtype=torch.float64)
+    (got * weight.to(got.dtype)).sum().backward()
+    (wanted * weight).sum().backward()
+    for mine, theirs in zip(inputs, exact, strict=True):
+        agree(mine.grad, theirs.grad, tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_low_rank_update(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    rows, wide, tall, r = size
+    inputs = [
+        drawn(rows, tall, dtype=dtype, seed=0),
+        drawn(rows, wide, dtype=dtype, seed=1),
+        drawn(r, wide, dtype=dtype, seed=2),
+        drawn(tall, r, dtype=dtype, seed=3),
+    ]
+    both(low_rank.low_rank_update, low_rank.reference, inputs, TOLERANCE[dtype], scale=0.5)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_diagonal(size: tuple[int, int, int, int]) -> None:
+    rows, wide, tall, r = size
+    shapes = [(rows, tall), (rows, wide), (r, wide), (tall, r), (r,)]
+    inputs = [drawn(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate(shapes)]
+
+    def op(y: Tensor, x: Tensor, a: Tensor, b: Tensor, diagonal: Tensor) -> Tensor:
+        return low_rank.low_rank_update(y, x, a, b, 2.0, diagonal=diagonal)
+
+    def plain(y: Tensor, x: Tensor, a: Tensor, b: Tensor, diagonal: Tensor) -> Tensor:
+        return low_rank.reference(y, x, a, b, 2.0, diagonal)
+
+    both(op, plain, inputs, 1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_residual_update(size: tuple[int, int, int, int]) -> None:
+    rows, wide, tall, r = size
+    shapes = [(rows, tall), (rows, wide), (r, wide), (tall, r), (r, wide), (tall, r)]
+    inputs = [drawn(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate(shapes)]
+    for start in inputs[4:]:
+        start.requires_grad_(False)
+    both(residual.residual_update, residual.reference, inputs, 1e-12, scale=0.5)
+
+
+def test_the_residual_is_nothing_at_the_start() -> None:
+    a, b = drawn(2, 8, dtype=torch.bfloat16, seed=0).detach(), drawn(4, 2, dtype=torch.bfloat16, seed=1).detach()
+    y, x = torch.randn(3, 4).bfloat16(), torch.randn(3, 8).bfloat16()
+    assert residual.residual_update(y, x, a, b, a, b, 2.0).equal(y)
+
+
+@pytest.mark.parametrize("r", [0, 3])
+def test_without_gradients(r: int) -> None:
+    shapes = [(2, 5, 7), (2, 5, 4), (r, 4), (7, r), (r,)]
+    y, x, a, b, diagonal = (drawn(*shape, dtype=torch.float64, seed=i).detach() for i, shape in enumerate(shapes))
+    with torch.no_grad():
+        got = low_rank.low_rank_update(y, x, a, b, 0.5, diagonal=diagonal)
+        agree(got, low_rank.reference(y, x, a, b, 0.5, diagonal), 1e-12)
+
+
+def test_only_gradients_that_are_asked_for() -> None:
+    y, x, b = (drawn(3, 4, dtype=torch.float32, seed=i).detach() for i in range(3))
+    a = drawn(3, 4, dtype=torch.float32, seed=4)
+    low_rank.low_rank_update(y, x, a, b.t().contiguous(), 1.0).sum().backward()
+    assert a.grad is not None
+    assert x.grad is None
+    assert y.grad is None
+
+
+def test_uneven_memory_and_several_dimensions() -> None:
+    x = drawn(4, 6, 5, dtype=torch.float64, seed=0).transpose(0, 1)  # not contiguous
+    y = drawn(6, 4, 3, dtype=torch.float64, seed=1)
+    a, b = drawn(2, 5, dtype=torch.float64, seed=2), drawn(3, 2, dtype=torch.float64, seed=3)
+    out = low_rank.low_rank_update(y, x, a, b, 1.0)
+    agree(out, low_rank.reference(y, x, a, b, 1.0), 1e-12)
+    mine = torch.autograd.grad(out.sin().sum(), [x, y, a, b])
+    theirs = torch.autograd.grad(low_rank.reference(y, x, a, b, 1.0).sin().sum(), [x, y, a, b])
+    for one, other in zip(mine, theirs, strict=True):
+        agree(one, other, 1e-12)
+
+
+def test_twice_in_one_graph() -> None:
+    x, a, b = (drawn(4, 4, dtype=torch.float64, seed=i) for i in range(3))
+
+    def run(op: Callable[..., Tensor]) -> Tensor:
+        return op(op(x, x, a, b, 0.3), x, a, b, 0.3).pow(2).sum()
+
+    mine = torch.autograd.grad(run(low_rank.low_rank_update), [x, a, b])
+    theirs = torch.autograd.grad(run(low_rank.reference), [x, a, b])
+    for one, other in zip(mine, theirs, strict=True):
+        agree(one, other, 1e-12)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, a, b = (drawn(4, 4, dtype=torch.float64, seed=i) for i in range(3))
+    (first,) = torch.autograd.grad(low_rank.low_rank_update(x, x, a, b, 1.0).pow(2).sum(), [a], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("p", [0.3, 1.0])
+def test_dropout_without_a_mask(p: float) -> None:
+    """The mask of the backward pass is that of the forward pass, and about p of the entries are left out."""
+    x, a, b = (drawn(64, 64, dtype=torch.float64, seed=i) for i in range(3))
+    torch.manual_seed(7)
+    out = low_rank.low_rank_update(torch.zeros_like(x), x, a, b, 1.0, dropout=p)
+    torch.manual_seed(7)
+    kept = low_rank.dropped(torch.ones_like(x), p, low_rank.drawn(p)).detach()
+    wanted = low_rank.reference(torch.zeros_like(x), x * kept, a, b, 1.0)
+    agree(out, wanted, 1e-12)
+    for one, other in zip(
+        torch.autograd.grad(out.sum(), [x, a, b]), torch.autograd.grad(wanted.sum(), [x, a, b]), strict=True
+    ):
+        agree(one, other, 1e-12)
+    assert abs(float((kept == 0).double().mean()) - p) < 0.03
+    assert set(kept.unique().tolist()) <= {0.0, 1 / (1 - p) if p < 1 else 0.0}
+
+
+def test_dropout_differs_from_call_to_call_and_follows_the_seed() -> None:
+    x = torch.ones(8, 8)
+    once, again = (low_rank.dropped(x, 0.5, low_rank.drawn(0.5)) for _ in range(2))
+    assert not once.equal(again)
+    torch.manual_seed(1)
+    first = low_rank.drawn(0.5)
+    torch.manual_seed(1)
+    assert first == low_rank.drawn(0.5)
+
+
+def test_autocast_gives_gradients_in_the_parameters_dtype() -> None:
+    layer = LoRALinear(nn.Linear(8, 4), LoRAConfig(r=2))
+    nn.init.normal_(layer.lora_b["default"])
+    x = torch.randn(3, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert layer.lora_a["default"].grad is not None
+    assert layer.lora_a["default"].grad.dtype == torch.float32
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
