@@ -221,6 +221,11 @@ def imported(path: str) -> Any:
 
 def floor(setting: Setting) -> Arm:
     """Return the arm that trains nothing: forward, and backward down to the output of the embeddings."""
-    model: Any = setting.load().requires_grad_(False)
+    return floor_of(setting.load())
+
+
+def floor_of(model: Any) -> Arm:
+    """Return the arm of a model whose weights are all frozen."""
+    model.requires_grad_(False)
     model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_())
     return Arm(model, bytes_of([*model.parameters(), *model.buffers()]), [], partial(own_loss, model))

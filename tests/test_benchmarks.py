@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import arms, methods
+from benchmarks import arms, cpu, methods
 from benchmarks.bytes_held import Saved, bytes_of, peak_of
 from lit_peft.catalogue import METHODS
 from tests.models import save_tiny
@@ -120,3 +120,18 @@ def test_peak_and_saved_bytes_of_known_steps() -> None:
         linear(x).relu().sum()
     assert saved.bytes == 64 * (256 + 512) * 4  # the input, and what relu returned
     assert bytes_of([x, x[:3], x.t()]) == 64 * 256 * 4
+
+
+def test_cpu_cases_are_measured() -> None:
+    """All arms train; the fused one keeps less than HF PEFT."""
+    ids = torch.arange(24).view(2, 12)
+    found = cpu.measured(lambda: cpu.single(32, 64, 4, 2), lambda: ids, rounds=2)
+    assert set(found["seconds"]) == {arms.FLOOR, cpu.PEFT, cpu.PEFT_SAME, cpu.UNFUSED, cpu.OURS}
+    assert found["bytes"][cpu.OURS]["saved"] < found["bytes"][cpu.PEFT]["saved"]
+    report = {
+        "about": methods.surroundings(CPU, "python -m benchmarks.cpu"),
+        "rows": 2,
+        "tokens": 12,
+        "cases": {"one": found},
+    }
+    assert cpu.markdown(report).count("| lit_peft") == 2
