@@ -135,8 +135,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{about['threads']} threads; Python {about['python']}, {versions}.",
         "",
         "*over floor*: median of the ratios to the frozen base in the same round, with quartiles. *over PEFT*: the "
-        "same to HF PEFT as it comes; *most* is the worst round. *peak*: the most that a step allocates beyond the base's "
-        "weights. *saved*: what the forward pass keeps. The loss is the model's own in every arm.",
+        "same to HF PEFT as it comes; *most* is the worst round. *peak*: the most that a step allocates beyond the "
+        "base's weights. *saved*: what the forward pass keeps. The loss is the model's own in every arm.",
     ]
     for case, found in report["cases"].items():
         lines += ["", f"## {case}", ""]
