@@ -64,6 +64,8 @@ _HOME = {
     "LoReFT": "methods.loreft",
     "DiReFT": "methods.direft",
     "ReFTConfig": "methods.reft",
+    "fuse": "ops.blocks",
+    "unfuse": "ops.blocks",
     "SFT": "tasks.sft",
     "Classification": "tasks.classification",
     "Instructions": "data.instructions",
