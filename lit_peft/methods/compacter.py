@@ -19,11 +19,12 @@ from transformers.activations import ACT2FN
 
 from lit_peft.adapter import Adapter, innermost
 from lit_peft.methods.bottleneck import first, with_first
+from lit_peft.methods.norms import NormConfig, norm_class
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
 from lit_peft.selection import telling, told
 from lit_peft.sites import geometry
-from lit_peft.sublayers import after, hosts
+from lit_peft.sublayers import after, hosts, norms
 
 RULE = "compacter_rule"
 
@@ -39,6 +40,7 @@ class CompacterConfig:
         only_feed_forward: adapters behind feed-forward only (Compacter++).
         dropout: dropout on the adapter's input.
         rule_std: width of the normal distribution that the shared rule A starts from.
+        train_norms: train the model's LayerNorms (RMSNorms) too, as the paper does.
         hidden_size: width d of the residual stream; None: the model's.
 
     Raises:
@@ -51,6 +53,7 @@ class CompacterConfig:
     only_feed_forward: bool = False
     dropout: float = 0.0
     rule_std: float = 0.01
+    train_norms: bool = False
     hidden_size: int | None = None
 
     default_lr: ClassVar[float] = 3e-3
@@ -99,6 +102,22 @@ class CompacterRule(Adapter):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base; the adapters inside find the rules of all sets."""
         with telling(**{RULE: {**(told(RULE) or {}), **dict(self.compacter_rule.items())}}):
+            return self.base(*args, **kwargs)
+
+
+class BorrowedRule(Adapter):
+    """Tells the adapters inside the rule that another part of the model holds: a decoder has its encoder's.
+
+    Attributes:
+        lender: what holds it.
+    """
+
+    lender: CompacterRule | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base; the adapters inside find the rules of all sets."""
+        assert self.lender is not None
+        with telling(**{RULE: {**(told(RULE) or {}), **dict(self.lender.compacter_rule.items())}}):
             return self.base(*args, **kwargs)
 
 
@@ -202,13 +221,20 @@ class Compacter(PEFT):
         config = self.compacter.sized(geometry(self.model).hidden)
         attentions, forwards = after(self.model)
         sites = forwards if config.only_feed_forward else {**attentions, **forwards}
-        join(self.model, dict.fromkeys(sites, config), lambda base: CompacterAdapter, self.placing)
         paths = hosts(self.model)
-        join(self.model, dict.fromkeys(paths, config), lambda base: CompacterRule, self.placing)
-        # encoder and decoder are called one after the other, yet there is one rule: the same tensors in both
-        found = [self.model.get_submodule(path) for path in paths]
-        for other in found[1:]:
-            other.compacter_rule = found[0].compacter_rule
+        if config.train_norms:  # before the adapters, around which the paths inside would be longer
+            rate = config.default_lr
+            changes = {path: NormConfig(layer=layer, default_lr=rate) for path, layer in norms(self.model).items()}
+            join(self.model, changes, lambda base: norm_class(CompacterRule.peft_type), self.placing)
+        join(self.model, dict.fromkeys(sites, config), lambda base: CompacterAdapter, self.placing)
+        join(self.model, {paths[0]: config}, lambda base: CompacterRule, self.placing)
+        # encoder and decoder are called one after the other, yet there is one rule: one weight, in one place
+        if paths[1:]:
+            join(self.model, dict.fromkeys(paths[1:], config), lambda base: BorrowedRule, self.placing)
+        lender = next(adapter for adapter in self.model.modules() if isinstance(adapter, CompacterRule))
+        for adapter in self.model.modules():
+            if isinstance(adapter, BorrowedRule):
+                adapter.__dict__["lender"] = lender  # not by setattr: it is no submodule
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take the settings from an adapter folder."""
