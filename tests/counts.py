@@ -61,6 +61,12 @@ def bottlenecks(per_layer: int, m: int) -> Count:
     return count
 
 
+def norms(model: nn.Module) -> int:
+    """All weights of what normalises: d for RMSNorm, 2 d for LayerNorm."""
+    found = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    return sum(p.numel() for module in found for p in module.parameters(recurse=False))
+
+
 def feed_forward_outputs(model: nn.Module) -> list[str]:
     """One a layer; BERT's has two halves."""
     return layers(model)

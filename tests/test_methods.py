@@ -31,6 +31,7 @@ from tests.counts import (
     last_layer,
     lora_count,
     mora_count,
+    norms,
     p_tuning,
     prefixes,
     ranks_by_layer,
@@ -62,6 +63,13 @@ NARROW = {"bottleneck_size": 4}
 
 CASES = [
     Case("houlsby", bottlenecks(2, 3), {"bottleneck": {"bottleneck_size": 3}}, merges=False, identity=False),
+    Case(
+        "houlsby",
+        lambda m: bottlenecks(2, 3)(m) + norms(m),
+        {"bottleneck": {"bottleneck_size": 3, "train_norms": True}},
+        merges=False,
+        identity=False,
+    ),
     Case("pfeiffer", bottlenecks(1, 4), {"bottleneck": NARROW}, merges=False),
     Case("parallel", bottlenecks(1, 4), {"bottleneck": NARROW}, merges=False),
     Case("prefix", prefixes(3, 8), {"prefix": SHORT}, merges=False, identity=False),
@@ -78,6 +86,13 @@ CASES = [
     ),
     Case(
         "compacter", compacter(2, 8), {"compacter": {"phm_dim": 2, "reduction_factor": 8}}, merges=False, identity=False
+    ),
+    Case(
+        "compacter",
+        lambda m: compacter(2, 8)(m) + norms(m),
+        {"compacter": {"phm_dim": 2, "reduction_factor": 8, "train_norms": True}},
+        merges=False,
+        identity=False,
     ),
     Case(
         "mam",
