@@ -206,7 +206,9 @@ def _holds_linears(site: Site) -> bool:
 
 def _holds_experts(site: Site) -> bool:
     # transformers stacks the matrices of all experts in one parameter: then there are no linear layers inside
-    found = [module for key, module in site.base.named_modules() if "expert" in f"{key} {type(module).__name__}".lower()]
+    found = [
+        module for key, module in site.base.named_modules() if "expert" in f"{key} {type(module).__name__}".lower()
+    ]
     return any(weight.ndim == 3 for module in found for weight in module.parameters(recurse=False))
 
 

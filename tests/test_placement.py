@@ -75,8 +75,8 @@ def built(method: str, kind: str, folder: Path, **settings: Any) -> Any:
     return module
 
 
-# kind -> first layer, and in it: attention, its norm, feed-forward from the normed input, its norm, whether pre-LN
-Parts = tuple[str, str, str, Callable[[nn.Module, Tensor], Tensor], str, bool]
+# kind -> first layer, and in it: attention, its norm, feed-forward's norm, feed-forward itself, whether pre-LN
+Parts = tuple[str, str, str, str, Callable[[nn.Module, Tensor], Tensor], bool]
 
 
 def two_linears(act: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Tensor], Tensor]:
@@ -88,20 +88,22 @@ def block(layer: nn.Module, x: Tensor) -> Tensor:
     return found[0] if isinstance(found, tuple) else found
 
 
+BARE = ("self_attn", "self_attn_layer_norm", "final_layer_norm")
+LLAMA = ("self_attn", "input_layernorm", "post_attention_layernorm")
 LAYERS: dict[str, Parts] = {
-    "opt": ("model.decoder.layers.0", "self_attn", "self_attn_layer_norm", two_linears(torch.relu), "final_layer_norm", True),
-    "opt350": ("model.decoder.layers.0", "self_attn", "self_attn_layer_norm", two_linears(torch.relu), "final_layer_norm", False),
-    "bart": ("model.encoder.layers.0", "self_attn", "self_attn_layer_norm", two_linears(nn.functional.gelu), "final_layer_norm", False),
-    "llama": ("model.layers.0", "self_attn", "input_layernorm", block, "post_attention_layernorm", True),
-    "mixtral": ("model.layers.0", "self_attn", "input_layernorm", block, "post_attention_layernorm", True),
-}  # fmt: skip
+    "opt": ("model.decoder.layers.0", *BARE, two_linears(torch.relu), True),
+    "opt350": ("model.decoder.layers.0", *BARE, two_linears(torch.relu), False),
+    "bart": ("model.encoder.layers.0", *BARE, two_linears(nn.functional.gelu), False),
+    "llama": ("model.layers.0", *LLAMA, block, True),
+    "mixtral": ("model.layers.0", *LLAMA, block, True),
+}
 
 
 def written_out(
     method: str, layer: nn.Module, parts: Parts, h: Tensor, kwargs: dict[str, Any], f: list[Callable[[Tensor], Tensor]]
 ) -> Tensor:
     """One layer with the method's adapters f (in the order attention, feed-forward), after its paper."""
-    _, attention, first, feed_forward, second, pre = parts
+    _, attention, first, second, feed_forward, pre = parts
     norm1, norm2 = innermost(layer.get_submodule(first)), innermost(layer.get_submodule(second))
     attend = innermost(layer.get_submodule(attention))
     a = attend(hidden_states=norm1(h) if pre else h, **kwargs)[0]
@@ -220,7 +222,7 @@ class Half(nn.Module):
 
 def test_half_a_feed_forward_is_refused() -> None:
     model = nn.Sequential(nn.Embedding(10, 16), nn.ModuleList([Half(), Half()]))
-    with pytest.raises(ValueError, match="0.up reads 16 numbers and 1.0.down writes 24. Use houlsby"):
+    with pytest.raises(ValueError, match=r"0\.up reads 16 numbers and 1\.0\.down writes 24\. Use houlsby"):
         beside(model)
 
 

@@ -219,7 +219,7 @@ class BottleneckBesideNorm(Bottleneck):
 
 
 class FeedForwardInput(Adapter):
-    """Notes what the first linear layer of a feed-forward reads, for the adapter around its last one; has no weights."""
+    """Notes what the first linear layer of a feed-forward reads, for the adapter around the last one; no weights."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the base."""
@@ -290,7 +290,7 @@ class Bottlenecks(PEFT):
         if not paths:
             raise ValueError("bottleneck.leave_out leaves no layer to adapt.")
         if config.random_drop and self.beside is not None and not getattr(self.beside, "drops_at_random", False):
-            raise TypeError("bottleneck.random_drop of a further adapter needs that of the first. Set both, or neither.")
+            raise TypeError("bottleneck.random_drop of a further adapter needs the first one's too. Set both or none.")
         where = {path: replace(config, causal=is_causal(model, path), layer=sites[path]) for path in paths}
         readers = self.readers()
         if config.train_norms:  # before the bottlenecks, around which the paths inside would be longer

@@ -68,19 +68,20 @@ class NormChange(Adapter):
         if is_dropped(self.configs[name]) and not must_reach(self):
             return y
         factor = 0.0 if is_dropped(self.configs[name]) else 1.0
-        return y + (self.normalised(x, [(name, factor)]) - self.base(x)).to(y.dtype)
+        difference: Tensor = self.normalised(x, [(name, factor)]) - self.base(x)
+        return y + difference.to(y.dtype)
 
     def normalised(self, x: Tensor, acting: Sequence[tuple[str, float]], *args: Any, **kwargs: Any) -> Any:
         """Return the norm of x with the changes of some named sets, each times a factor, added to its weights."""
-        base, inside = self.base, ""
-        while isinstance(base, Adapter):
-            base, inside = base.base, f"{inside}base."
+        base, inside = innermost(self.base), ""
+        while self.base.get_submodule(inside) is not base:
+            inside = f"{inside}.base".removeprefix(".")
         weights = {}
         for key, weight in base.named_parameters(recurse=False):
             changes = getattr(self, f"norm_{key}")
             total = sum(changes[name] if factor == 1 else changes[name] * factor for name, factor in acting)
-            weights[inside + key] = (weight + total).to(weight.dtype)
-        if type(self.base) is nn.LayerNorm:  # the same, without the search for shared weights
+            weights[f"{inside}.{key}".removeprefix(".")] = (weight + total).to(weight.dtype)
+        if isinstance(base, nn.LayerNorm) and type(self.base) is nn.LayerNorm:  # without a search for shared weights
             return F.layer_norm(x, base.normalized_shape, weights.get("weight"), weights.get("bias"), base.eps)
         return functional_call(self.base, weights, (x, *args), kwargs)
 

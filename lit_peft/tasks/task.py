@@ -23,8 +23,8 @@ class NonFiniteLossError(RuntimeError):
 def checkpoint_layers(model: Any) -> None:
     """Recompute the activations of a transformers model's layers in the backward pass, which goes no deeper for it.
 
-    transformers makes the embeddings' output require gradients, as only PyTorch's older, reentrant kind needs it. With it
-    the backward pass would go, and recompute, down to the embeddings even where the first layers have no adapters.
+    transformers makes the embeddings' output require gradients, as only PyTorch's older, reentrant kind needs it. With
+    it the backward pass would go, and recompute, down to the embeddings even where the first layers have no adapters.
     """
     model.activation_checkpointing_enable({"use_reentrant": False})
     # models from the hub with a format of their own take no such argument, and are left as transformers has them
