@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import Tensor, nn
@@ -314,3 +317,12 @@ def test_norms_are_in_the_folder_and_step_aside(tmp_path: Path) -> None:
             assert torch.equal(again.model(input_ids=ids).logits, module.model(input_ids=ids).logits)
     with pytest.raises(TypeError, match="cannot be merged"):
         again.merge_adapters()
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, str(root / "docs/placement.py"), str(tmp_path)], check=False)
+    assert done.returncode == 0
+    sizes = [plt.imread(folder / "placement.png").shape for folder in (tmp_path, root / "docs")]
+    assert sizes[0] == sizes[1]
+    assert "(placement.png)" in (root / "docs/methods.md").read_text()

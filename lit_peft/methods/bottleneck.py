@@ -108,9 +108,11 @@ class BottleneckConfig:
             return self.bottleneck_size
         m = hidden / self.reduction_factor
         if m < 1 or m != int(m):
+            fitting = [factor for factor in range(1, hidden + 1) if hidden % factor == 0]
+            nearest = min(fitting, key=lambda factor: abs(math.log(factor / self.reduction_factor)))
             raise ValueError(
                 f"bottleneck.reduction_factor {self.reduction_factor:g} does not divide the hidden size {hidden}. "
-                "Choose another, or set bottleneck_size."
+                f"Take {nearest}, or set bottleneck_size."
             )
         return int(m)
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from math import log
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
@@ -27,6 +29,7 @@ from lit_peft.sites import geometry
 from lit_peft.sublayers import after, hosts, norms
 
 RULE = "compacter_rule"
+REDUCTION = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class CompacterConfig:
 
     Args:
         phm_dim: n, how many Kronecker products a weight is the sum of.
-        reduction_factor: hidden size / width of the bottleneck.
+        reduction_factor: hidden size / width of the bottleneck; None: 32, or the nearest that fits the hidden size.
         activation: the non-linearity, by its name in transformers.
         only_feed_forward: adapters behind feed-forward only (Compacter++).
         dropout: dropout on the adapter's input.
@@ -48,7 +51,7 @@ class CompacterConfig:
     """
 
     phm_dim: int = 4
-    reduction_factor: int = 32
+    reduction_factor: int | None = None
     activation: str = "gelu"
     only_feed_forward: bool = False
     dropout: float = 0.0
@@ -61,7 +64,7 @@ class CompacterConfig:
     def __post_init__(self) -> None:
         if self.phm_dim < 1:
             raise ValueError(f"compacter.phm_dim is {self.phm_dim}; it must be 1 or more.")
-        if self.reduction_factor < 1:
+        if self.reduction_factor is not None and self.reduction_factor < 1:
             raise ValueError(f"compacter.reduction_factor is {self.reduction_factor}; it must be 1 or more.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"compacter.dropout is {self.dropout}; it must be at least 0 and below 1.")
@@ -69,18 +72,23 @@ class CompacterConfig:
             raise ValueError(f"compacter.activation {self.activation!r} is unknown. Use relu, gelu, silu, tanh, ...")
 
     def sized(self, hidden: int) -> CompacterConfig:
-        """Return the settings with the model's width filled in.
+        """Return the settings with the model's width, and a reduction_factor that fits it, filled in.
 
         Raises:
             ValueError: if the widths do not divide by n.
         """
         d, n = self.hidden_size or hidden, self.phm_dim
-        if d % self.reduction_factor or (d // self.reduction_factor) % n or d % n:
+        fitting = [d // m for m in range(n, d + 1, n) if d % m == 0]
+        if not fitting:
+            raise ValueError(f"compacter.phm_dim {n} does not divide the hidden size {d}. Choose one that does.")
+        wanted = self.reduction_factor or REDUCTION
+        nearest = min(fitting, key=lambda factor: abs(log(factor / wanted)))
+        if self.reduction_factor not in (None, nearest):
             raise ValueError(
-                f"compacter: the hidden size {d} over reduction_factor {self.reduction_factor} must be a multiple of "
-                f"phm_dim {n}. Choose a smaller reduction_factor or phm_dim."
+                f"compacter: the hidden size {d} over reduction_factor {wanted} must be a multiple of phm_dim {n}. "
+                f"The nearest reduction_factor that fits is {nearest}."
             )
-        return replace(self, hidden_size=d)
+        return replace(self, hidden_size=d, reduction_factor=nearest)
 
 
 class CompacterRule(Adapter):
@@ -132,7 +140,8 @@ class CompacterAdapter(Adapter):
         if "compacter_down_s" not in self._modules:
             for part in ("down_s", "down_t", "down_bias", "up_s", "up_t", "up_bias"):
                 setattr(self, f"compacter_{part}", nn.ParameterDict())
-        assert config.hidden_size is not None, "fill in the model's hidden size first"
+        assert config.hidden_size is not None, "resolve the configuration with `sized` first"
+        assert config.reduction_factor is not None, "resolve the configuration with `sized` first"
         d, n = config.hidden_size, config.phm_dim
         m = d // config.reduction_factor
         device = next(innermost(self.base).parameters()).device
@@ -219,6 +228,10 @@ class Compacter(PEFT):
         super().place_adapters()
         assert self.model is not None
         config = self.compacter.sized(geometry(self.model).hidden)
+        if self.compacter.reduction_factor is None and config.reduction_factor != REDUCTION:
+            size = f"the hidden size {config.hidden_size} and phm_dim {config.phm_dim}"
+            rank_zero_info(f"Compacter: reduction_factor {config.reduction_factor}, nearest to {REDUCTION} for {size}.")
+        self.compacter = replace(self.compacter, reduction_factor=config.reduction_factor)
         attentions, forwards = after(self.model)
         sites = forwards if config.only_feed_forward else {**attentions, **forwards}
         paths = hosts(self.model)
