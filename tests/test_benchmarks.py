@@ -100,6 +100,24 @@ def test_both_arms_train_and_are_alike(method: str, place: Path) -> None:
         assert moved > 0.4 * len(before)
 
 
+BESIDE_THE_FLOOR = ("houlsby", "pfeiffer", "parallel", "compacter", "mam", "unipelt", "loreft", "direft")
+
+
+@pytest.mark.parametrize("method", BESIDE_THE_FLOOR)
+def test_what_stands_beside_the_floor_trains(method: str, place: Path) -> None:
+    setting = arms.Setting(str(place / "model"), "float32", CPU, total=6)
+    torch.manual_seed(0)
+    mine, (name, other) = arms.ours(method, setting), arms.theirs(method, setting)
+    assert name == arms.FLOOR
+    assert not other.parameters
+    ids = torch.randint(8, 100, (2, 12))
+    before = [parameter.detach().clone() for parameter in mine.parameters]
+    for _ in range(3):
+        mine.step(ids)
+    moved = sum(not torch.equal(a, b) for a, b in zip(before, mine.parameters, strict=True))
+    assert moved == len(before)
+
+
 def test_peak_and_saved_bytes_of_known_steps() -> None:
     def step() -> None:
         first = torch.empty(1000, 1000)
