@@ -197,6 +197,21 @@ def test_tokens_without_rows_are_not_routed_in_silence(tmp_path: Path) -> None:
         module.model(input_ids=torch.randint(8, 100, (2, 5)))
 
 
+@pytest.mark.parametrize("method", ["houlsby", "compacter"])
+def test_rows_are_routed_through_trained_norms(method: str, tmp_path: Path) -> None:
+    module = built(method, "llama", tmp_path, train_norms=True)
+    ids = torch.randint(8, 100, (3, 7))
+    with torch.no_grad():
+        alone = module.model(input_ids=ids).logits
+        with disabled(module):
+            base = module.model(input_ids=ids).logits
+        with routed(module, ["default", None, "default"]):
+            mixed = module.model(input_ids=ids).logits
+    assert torch.allclose(mixed[[0, 2]], alone[[0, 2]], atol=1e-4)
+    assert torch.allclose(mixed[1], base[1], atol=1e-4)
+    assert (alone - base).abs().max() > 1e-2
+
+
 def test_sets_side_by_side_on_opt(tmp_path: Path) -> None:
     module = built("parallel", "opt", tmp_path)
     ids = torch.randint(8, 100, (2, 5))
