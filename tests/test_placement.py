@@ -341,3 +341,27 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     sizes = [plt.imread(folder / "placement.png").shape for folder in (tmp_path, root / "docs")]
     assert sizes[0] == sizes[1]
     assert "(placement.png)" in (root / "docs/methods.md").read_text()
+
+
+@pytest.mark.parametrize("stack", ["houlsby+bitfit", "bitfit+houlsby", "parallel+bitfit", "pfeiffer+bitfit"])
+def test_norms_that_other_methods_train_too(stack: str, tmp_path: Path) -> None:
+    save_tiny("bert", tmp_path / "bert", "classification")
+    settings = {"bottleneck": {"bottleneck_size": 4, "train_norms": True}, "labels": ["a", "b", "c"]}
+    module: Any = compose(stack, "classification")(str(tmp_path / "bert"), **settings)
+    module.configure_model()
+    shake(module)
+    rows = batch("classification")
+    found = gradients(module, rows)
+    silent = {name for name, p in module.named_parameters() if p.requires_grad and name not in found}
+    assert not silent
+    changes = {name: p for name, p in module.named_parameters() if ".norm_bias." in name}
+    assert len(changes) == 5
+    with torch.no_grad():  # what BitFit and the norm's own change add to the same bias is one sum
+        before = module.model(input_ids=rows["input_ids"]).logits
+        for name, change in changes.items():
+            other = module.get_submodule(name.split(".norm_bias")[0])
+            twin = next(p for n, p in other.named_parameters() if "bitfit_bias" in n) if stack[0] != "b" else None
+            if twin is not None:
+                twin.add_(change)
+                change.zero_()
+        assert torch.allclose(module.model(input_ids=rows["input_ids"]).logits, before, atol=1e-5)
