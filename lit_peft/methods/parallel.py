@@ -12,9 +12,16 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lit_peft.adapter import Adapter
-from lit_peft.methods.bottleneck import BottleneckBeside, BottleneckBesideNorm, BottleneckConfig, Bottlenecks
-from lit_peft.sublayers import beside, is_norm
+from lit_peft.adapter import Adapter, innermost
+from lit_peft.methods.bottleneck import (
+    BottleneckAcross,
+    BottleneckBeside,
+    BottleneckBesideNorm,
+    BottleneckConfig,
+    Bottlenecks,
+)
+from lit_peft.structure import is_linear
+from lit_peft.sublayers import across, beside, is_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +35,9 @@ class ParallelConfig(BottleneckConfig):
         scale: factor s in front of the adapter's output.
         dropout: dropout on the adapter's input.
         init: `zero` starts as the base exactly; `houlsby` near it.
-        leave_out: numbers of the layers without adapters.
+        leave_out: numbers of the layers without adapters (AdapterDrop).
+        random_drop: in training leave out the first n layers' adapters, n drawn anew in each step (AdapterDrop).
+        train_norms: train the model's LayerNorms (RMSNorms) too; not those of layers left out.
         hidden_size: width d of the residual stream; None: the model's.
         peft_type: set by the method: what its folders are called.
     """
@@ -62,7 +71,14 @@ class ParallelAdapter(Bottlenecks):
         assert self.model is not None
         return beside(self.model)
 
+    def readers(self) -> dict[str, str]:
+        """Return the first linear layers of feed-forwards that have no module of their own."""
+        assert self.model is not None
+        return across(self.model)
+
     def bottleneck_class(self, module: nn.Module) -> type[Adapter]:
-        """Return the adapter around BERT's module that adds and normalises, or around a feed-forward block."""
-        post = any(is_norm(child) for child in module.children())
+        """Return the adapter around BERT's module that adds and normalises, a last linear layer, or a feed-forward."""
+        if is_linear(module):
+            return BottleneckAcross
+        post = any(is_norm(innermost(child)) for child in module.children())
         return BottleneckBesideNorm if post else BottleneckBeside
