@@ -11,10 +11,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lit_peft import hub, rewriting
+from lit_peft import hub, meaning, rewriting
 from lit_peft.adapter import Adapter, adapter_names, merge, named_adapters, scope_of
 from lit_peft.callbacks.adapter_freeze import AdapterFreeze
 from lit_peft.callbacks.base import AdapterCallback
@@ -27,10 +27,6 @@ from lit_peft.weights import count
 Config = TypeVar("Config")
 
 
-# settings without which the same weights mean another function
-MEANING = frozenset({"alpha", "use_rslora", "mora_type", "init_r", "scale", "activation", "first", "last"})
-
-
 class PEFT(AdapterSets):
     """The base of every method: places adapters once the task has built its model, freezes, saves and loads.
 
@@ -40,6 +36,8 @@ class PEFT(AdapterSets):
     Args:
         adapter: folder of a saved adapter to start from; its configuration wins over the arguments.
         check_base: refuse an adapter that was made on another base model.
+        check_settings: refuse a checkpoint whose weights would mean something else under the settings given here, such
+            as another alpha.
         named: further adapters by name, each with what `add_adapter` takes: the methods' settings, or
             `adapter: FOLDER`; and `train: false` to keep it as it is.
         active: names of the adapters that act together, in this order; None: the first one, `default`.
@@ -204,14 +202,15 @@ class PEFT(AdapterSets):
             meta["restarts"] = restarts
         if self._placed and self.model is not None:
             scope = scope_of(self.model)
+            meta["settings"] = meaning.noted(self.model)
             meta["adapters"] = {"active": list(scope.active), "trained": scope.trained and list(scope.trained)}
         meta["class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the file was made on this base, and holds every trained weight and none that this model lacks.
+        """Check that the file fits: same base, same settings, every trained weight and none that this model lacks.
 
         Raises:
-            ValueError: with the first keys that do not fit.
+            ValueError: with the first keys, or the first setting, that do not fit.
         """
         super().on_load_checkpoint(checkpoint)
         if not self._placed or self.model is None:
@@ -219,15 +218,23 @@ class PEFT(AdapterSets):
         if self.check_base:
             hub.compare_bases(checkpoint.get("lit_peft", {}).get("base") or {}, self.base_identity())
         rewriting.note(self.model, checkpoint.get("lit_peft", {}).get("restarts") or {})
-        for key, mine in self.hparams.items():
-            theirs = checkpoint.get("hyper_parameters", {}).get(key)
-            if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-                changed = sorted(name for name in MEANING & mine.keys() & theirs.keys() if mine[name] != theirs[name])
-                if changed:
-                    rank_zero_warn(
-                        f"{key}.{changed[0]} is {mine[changed[0]]!r} here and was {theirs[changed[0]]!r} when the "
-                        "checkpoint was made: its weights may mean something else now."
-                    )
+        misfit = self._misfit(checkpoint)
+        if changed := self.changed_settings(checkpoint):
+            way = ", or check_settings to false if you mean the change" if not misfit else ""
+            raise ValueError(f"{changed}{way}.")
+        if misfit:
+            raise ValueError(misfit)
+        self._choose_as(checkpoint.get("lit_peft", {}).get("adapters"))
+
+    def changed_settings(self, checkpoint: Mapping[str, Any]) -> str:
+        """Return in words which setting gives a checkpoint's weights another meaning here, empty if none does."""
+        assert self.model is not None
+        stored = checkpoint.get("lit_peft", {}).get("settings") or {}
+        return meaning.difference(self.model, stored, self.hparams) if self.check_settings else ""
+
+    def _misfit(self, checkpoint: Mapping[str, Any]) -> str:
+        """Return what keys or shapes do not fit this model, empty if all do."""
+        assert self.model is not None
         stored = set(checkpoint.get("lit_peft", {}).get("keys") or checkpoint.get("state_dict", {}))
         stored = {key for key in stored if key.startswith("model.")}
         present = {f"model.{name}" for name, _ in self.model.named_parameters(remove_duplicate=False)}
@@ -239,17 +246,17 @@ class PEFT(AdapterSets):
                 if missing
                 else (f"holds {len(surplus)} weights that this model lacks, such as {surplus[0]!r}")
             )
-            raise ValueError(f"The checkpoint {what}. Was it made with another method, rank or base model?")
+            return f"The checkpoint {what}. Was it made with another method, rank or base model?"
         mine = {
             f"model.{name}": parameter.shape for name, parameter in self.model.named_parameters(remove_duplicate=False)
         }
         for key, tensor in checkpoint.get("state_dict", {}).items():
             if key in mine and tensor.shape != mine[key]:
-                raise ValueError(
+                return (
                     f"Shapes differ for {key!r}: {tuple(tensor.shape)} in the checkpoint, {tuple(mine[key])} here. Was "
                     "it made with another rank or base model?"
                 )
-        self._choose_as(checkpoint.get("lit_peft", {}).get("adapters"))
+        return ""
 
     def _choose_as(self, noted: Mapping[str, Any] | None) -> None:
         """Let the adapters act and train as in the run that wrote a checkpoint."""

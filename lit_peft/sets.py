@@ -29,6 +29,8 @@ class AdapterSets(AdaptableModule):
     Args:
         adapter: folder of a saved adapter to start from; its configuration wins over the arguments.
         check_base: refuse an adapter that was made on another base model.
+        check_settings: refuse a checkpoint whose weights would mean something else under the settings given here, such
+            as another alpha.
         named: further adapters by name, each with what `add_adapter` takes: the methods' settings, or
             `adapter: FOLDER`; and `train: false` to keep it as it is.
         active: names of the adapters that act together, in this order; None: the first one, `default`.
@@ -44,6 +46,7 @@ class AdapterSets(AdaptableModule):
         *args: Any,
         adapter: str | None = None,
         check_base: bool = True,
+        check_settings: bool = True,
         named: dict[str, dict[str, Any]] | None = None,
         active: list[str] | None = None,
         **kwargs: Any,
@@ -51,6 +54,7 @@ class AdapterSets(AdaptableModule):
         super().__init__(*args, **kwargs)
         self.adapter = adapter
         self.check_base = check_base
+        self.check_settings = check_settings
         self.named: dict[str, dict[str, Any]] = dict(named or {})
         self.active = active
         self._sets: dict[str, list[AdapterSets]] = {}

@@ -119,11 +119,58 @@ def test_names_that_a_module_needs(folder: Path) -> None:
         made(folder, "lora").add_adapter("training")
 
 
-def test_a_checkpoint_under_another_scale_is_named(folder: Path, tmp_path: Path) -> None:
-    module = made(folder, "lora", lora={"r": 4, "alpha": 64})
-    trainer = quick_trainer(tmp_path, max_steps=2)
-    trainer.fit(module, loader("sft", 2))
+@pytest.mark.parametrize(
+    ("method", "one", "other", "said"),
+    [
+        ("lora", {"lora": {"alpha": 64}}, {"lora": {"alpha": 8}}, r"lora.alpha is 8 here and 64"),
+        ("lora", {"lora": {"use_rslora": True}}, {}, r"lora.use_rslora is False here and True"),
+        ("lora", {"lora": {"alpha_pattern": {"q_proj": 3.0}}}, {}, r"lora.alpha is 16 here and 3.0 .*q_proj"),
+        ("lora", {"lora": {"r": 4}}, {"lora": {"r": 8}}, r"lora.r is 8 here and 4 .* Set it to 4\.$"),
+        ("dora", {}, {"method": "lora"}, r"lora.use_dora is False here and True"),
+        ("adalora", {"adalora": {"alpha": 64}}, {"adalora": {"alpha": 8}}, r"adalora.alpha is 8 here and 64"),
+        ("mora", {"mora": {"r": 2, "mora_type": 1}}, {"mora": {"r": 2, "mora_type": 2}}, r"mora_type is 2 here and 1"),
+        ("remora", {"mora": {"r": 2, "cycle": [1, 2]}}, {"mora": {"r": 2, "cycle": [1, 3]}}, r"mora.cycle is"),
+        (
+            "ia3",
+            {"ia3": {"target_modules": ["q_proj"], "feedforward_modules": ["q_proj"]}},
+            {"ia3": {"target_modules": ["q_proj"]}},
+            r"feedforward is False here and True",
+        ),
+        ("pfeiffer", {"bottleneck": {"scale": 2.0}}, {}, r"bottleneck.scale is 1.0 here and 2.0"),
+        ("prefix", {"prefix": {"num_virtual_tokens": 3}}, {}, r"num_virtual_tokens is 30 here and 3 .* Set it to 3\.$"),
+        ("loreft", {"reft": {"first": 1, "last": 2}}, {"reft": {"first": 2, "last": 1}}, r"reft.first is 2 here and 1"),
+    ],
+)
+def test_a_checkpoint_under_settings_of_another_meaning(
+    method: str, one: Any, other: Any, said: str, folder: Path, tmp_path: Path
+) -> None:
+    module = made(folder, method, **one)
+    trainer = quick_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, loader("sft", 1))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    other = made(folder, "lora", lora={"r": 4, "alpha": 8})
-    with pytest.warns(UserWarning, match=r"lora.alpha is 8 here and was 64"):
-        other.on_load_checkpoint(torch.load(tmp_path / "a.ckpt", weights_only=True))
+    settings = {key: value for key, value in other.items() if key != "method"}
+    target = made(folder, other.get("method", method), **settings)
+    before = {n: p.clone() for n, p in target.named_parameters()}
+    with pytest.raises(ValueError, match=said):
+        quick_trainer(tmp_path, max_steps=2).fit(target, loader("sft", 2), ckpt_path=tmp_path / "a.ckpt")
+    assert all(torch.equal(p, before[n]) for n, p in target.named_parameters())
+
+
+def test_a_change_of_meaning_that_is_meant(folder: Path, tmp_path: Path) -> None:
+    module = made(folder, "lora", lora={"alpha": 64})
+    module.add_adapter("two", lora=LoRAConfig(r=2, alpha=4))
+    trainer = quick_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, loader("sft", 1))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    stored = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    other = made(folder, "lora", lora={"alpha": 64, "dropout": 0.1})
+    other.add_adapter("two", lora=LoRAConfig(r=2, alpha=5))
+    with pytest.raises(ValueError, match=r"alpha is 5 here in the adapter 'two' and 4 "):
+        other.on_load_checkpoint(stored)
+    other.check_settings = False
+    quick_trainer(tmp_path, max_steps=2).fit(other, loader("sft", 2), ckpt_path=tmp_path / "a.ckpt")
+    # what trains otherwise, but means the same, is no change of meaning
+    same = made(folder, "lora", lora={"alpha": 64, "dropout": 0.2}, check_settings=False)
+    same.add_adapter("two", lora=LoRAConfig(r=2, alpha=4))
+    same.check_settings = True
+    same.on_load_checkpoint(stored)

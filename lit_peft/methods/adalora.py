@@ -251,7 +251,8 @@ class AdaLoRA(PEFT):
         """Take on the ranks of the file, cut or not."""
         state = checkpoint.get("state_dict", {})
         kept = checkpoint.get("lit_peft", {}).get("kept_rows", {})
-        for path, adapter in self._placed_adapters() if self.model is not None else ():
+        fits = self.model is not None and not self.changed_settings(checkpoint)
+        for path, adapter in self._placed_adapters() if fits else ():
             for name, config in adapter.configs.items():
                 stored = state.get(f"model.{path}.adalora_lambda.{name}")
                 if stored is not None and len(adapter.adalora_lambda[name]) != len(stored) <= config.init_r:
