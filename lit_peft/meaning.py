@@ -76,8 +76,8 @@ def difference(
                 whose = "" if name == "default" else f" in the adapter {name!r}"
                 option = f"{_keyword(config, hparams)}{key}"
                 return (
-                    f"{option} is {mine[key]!r} here{whose} and {theirs[key]!r} in the checkpoint ({path}), whose weights "
-                    f"would mean something else. Set it to {theirs[key]!r}"
+                    f"{option} is {mine[key]!r} here{whose} and {theirs[key]!r} in the checkpoint ({path}), whose "
+                    f"weights would mean something else. Set it to {theirs[key]!r}"
                 )
     return ""
 

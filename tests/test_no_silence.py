@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lit_peft import AdaLoRA, AdaLoRAConfig, DoRA, LoRAConfig
-from lit_peft.adapter import named_adapters
-from lit_peft.named import adapters, routed
+from lit_peft.adapter import adapter_names, named_adapters
+from lit_peft.named import adapters, disabled, routed
 from tests.many_adapters import move
 from tests.models import save_tiny
 from tests.test_methods import Case, batch, build, loader, outputs, quick_trainer, shake
@@ -32,6 +32,11 @@ def folder(tmp_path: Path) -> Path:
         ("lora", {"lora": {"r": 4, "use_rslora": True}}, {"lora": {"r": 4}}),
         ("mora", {"mora": {"r": 2, "mora_type": 1}}, {"mora": {"r": 2, "mora_type": 2}}),
         ("adalora", {"adalora": {"alpha": 64}}, {"adalora": {"alpha": 8}}),
+        (
+            "ia3",
+            {"ia3": {"target_modules": ["q_proj"], "feedforward_modules": ["q_proj"]}},
+            {"ia3": {"target_modules": ["q_proj"]}},
+        ),
     ],
 )
 def test_a_set_of_other_settings_is_not_filled(method: str, one: Any, other: Any, folder: Path, tmp_path: Path) -> None:
@@ -174,3 +179,28 @@ def test_a_change_of_meaning_that_is_meant(folder: Path, tmp_path: Path) -> None
     same.add_adapter("two", lora=LoRAConfig(r=2, alpha=4))
     same.check_settings = True
     same.on_load_checkpoint(stored)
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_no_numbers(weight: float, folder: Path) -> None:
+    module = made(folder, "lora")
+    module.add_adapter("two")
+    with pytest.raises(ValueError, match=f"A weight is {weight}; each must be a finite number"):
+        module.combine_adapters(["default", "two"], [0.5, weight], "both", "cat")
+    assert adapter_names(module.model) == ["default", "two"]
+
+
+def test_no_names_are_the_base_or_an_error(folder: Path) -> None:
+    rows = batch("sft")
+    module = made(folder, "lora")
+    shake(module)
+    with disabled(module):
+        base = outputs(module, rows)
+    with adapters(module):
+        assert torch.equal(outputs(module, rows), base)
+    module = made(folder, "lora", lora={"modules_to_save": ["norm"]})
+    shake(module)
+    with pytest.raises(TypeError, match="Use `disabled`"), adapters(module):
+        pass
+    with disabled(module):
+        assert torch.equal(outputs(module, rows), base)

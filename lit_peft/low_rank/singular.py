@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_peft.adapter import Adapter, innermost
+from lit_peft.adapter import innermost
+from lit_peft.low_rank.additive import AdditiveLinear
 from lit_peft.structure import widths
-from lit_peft.weights import fold
 
 if TYPE_CHECKING:
     from lit_peft.methods.adalora import AdaLoRAConfig
 
 
-class AdaLoRALinear(Adapter):
+class AdaLoRALinear(AdditiveLinear):
     """Adds s P (lambda * (Q dropout(x))) to a linear layer's output.
 
     `base` is an `nn.Linear`, a quantised linear, or GPT-2's `Conv1D`. Parameters are float32 whatever the base is, and
@@ -77,14 +77,6 @@ class AdaLoRALinear(Adapter):
         p, scale, q = self.adalora_p[name], self.adalora_lambda[name], self.adalora_q[name]
         delta: Tensor = self.configs[name].scale * ((p.float() * scale.float()) @ q.float())
         return delta
-
-    def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
-        """Fold s P diag(lambda) Q into W: added in float32, rounded once to the base's dtype."""
-        with torch.no_grad():
-            for name in self.active() if names is None else names:
-                if name in self.configs:
-                    fold(self.base, self.delta(name))
-        return self.base
 
     # Ranks -----------------------------------------------------------------------------------------------------------
 
