@@ -18,6 +18,7 @@ from lit_peft import hub, meaning, rewriting
 from lit_peft.adapter import Adapter, adapter_names, merge, named_adapters, scope_of
 from lit_peft.callbacks.adapter_freeze import AdapterFreeze
 from lit_peft.callbacks.base import AdapterCallback
+from lit_peft.module import AdaptableModule
 from lit_peft.named import activate, train_adapters
 from lit_peft.selection import keep_selection
 from lit_peft.sets import AdapterSets, holds_task, is_task
@@ -152,15 +153,31 @@ class PEFT(AdapterSets):
 
     def learning_rate(self, name: str, parameter: nn.Parameter) -> float | None:
         """Return what the method that owns the parameter prefers."""
+        owner, chosen = self.owner(name)
+        if owner is None:
+            return super().learning_rate(name, parameter)
+        return float(owner.configs.get(chosen, next(iter(owner.configs.values()))).default_lr)
+
+    def rated_by(self, name: str) -> AdaptableModule:
+        """Return the method that placed the named set, where it is a further one."""
+        owner, chosen = self.owner(name)
+        placers = [] if owner is None else self._sets.get(chosen, [])
+        return next((placer for placer in placers if owner and owner.peft_type in placer.kinds()), self)
+
+    def owner(self, name: str) -> tuple[Adapter | None, str]:
+        """Return the adapter whose own a parameter is, and its named set; None for weights of the base.
+
+        Args:
+            name: the parameter's path in `self.model`.
+        """
         path, _, _ = name.rpartition(".")
         while path and self.model is not None:
             owner = self.model.get_submodule(path)
-            if isinstance(owner, Adapter):
-                inside = name.removeprefix(f"{path}.")
-                if not inside.startswith("base."):
-                    return float(next(iter(owner.configs.values())).default_lr)
+            inside = name.removeprefix(f"{path}.")
+            if isinstance(owner, Adapter) and not inside.startswith("base."):
+                return owner, next((piece for piece in inside.split(".")[:0:-1] if piece in owner.configs), "")
             path, _, _ = path.rpartition(".")
-        return super().learning_rate(name, parameter)
+        return None, ""
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 

@@ -336,7 +336,7 @@ class AdapterSets(AdaptableModule):
 
     def _check_placed(self, placer: AdapterSets, name: str) -> None:
         assert self.model is not None
-        hooks = ("configure_callbacks", "training_step", "adjusted_learning_rate")
+        hooks = ("configure_callbacks", "training_step")
         for hook in hooks if not isinstance(self, type(placer)) else ():
             owners = [c for c in type(placer).__mro__ if hook in c.__dict__]
             if owners and issubclass(owners[0], AdapterSets) and owners[0].__dict__.get("method"):
