@@ -10,7 +10,7 @@ import torch
 
 from lit_peft import AdaLoRA, AdaLoRAConfig, DoRA, LoRAConfig
 from lit_peft.adapter import adapter_names, named_adapters
-from lit_peft.named import adapters, disabled, routed
+from lit_peft.named import activate, adapters, disabled, routed
 from tests.many_adapters import move
 from tests.models import save_tiny
 from tests.test_methods import Case, batch, build, loader, outputs, quick_trainer, shake
@@ -100,6 +100,18 @@ def test_an_idle_set_keeps_its_ranks(folder: Path, tmp_path: Path) -> None:
     quick_trainer(tmp_path, max_steps=8).fit(module, loader("sft", 8))
     with adapters(module, "two"):
         assert torch.allclose(outputs(module, rows), before, atol=1e-6)
+
+
+def test_each_set_meets_a_budget_of_its_own(folder: Path, tmp_path: Path) -> None:
+    settings = {"init_r": 6, "target_r": 4, "tinit": 1, "tfinal": 1, "deltaT": 1}
+    module = made(folder, "adalora", adalora=settings)
+    module.add_adapter("two", adalora={**settings, "init_r": 5, "target_r": 2, "target_modules": ["q_proj", "v_proj"]})
+    activate(module, "default", "two")
+    quick_trainer(tmp_path, max_steps=8).fit(module, loader("sft", 8))
+    for name, layers, mean in (("default", 14, 4), ("two", 4, 2)):
+        sets = [adapter for _, adapter in named_adapters(module.model) if name in adapter.configs]
+        assert len(sets) == layers
+        assert sum(len(adapter.adalora_lambda[name]) for adapter in sets) == layers * mean
 
 
 def test_a_further_set_that_needs_hooks_or_shares_a_base_that_changes(folder: Path, tmp_path: Path) -> None:

@@ -84,6 +84,11 @@ class AdaLoRALinear(AdditiveLinear):
         """Return lambda, P and Q, each with the dimension along which the triplets lie."""
         return (self.adalora_lambda[name], 0), (self.adalora_p[name], 1), (self.adalora_q[name], 0)
 
+    def target(self, name: str) -> int:
+        """Return the mean rank that a named set is to have in the end."""
+        target_r: int = self.configs[name].target_r
+        return target_r
+
     def resize(self, name: str, rank: int) -> None:
         """Make room for another rank; the values are lost. Parameters stay the same objects."""
         for parameter, dim in self.triplets(name):

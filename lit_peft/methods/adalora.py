@@ -106,8 +106,8 @@ class AdaLoRAConfig:
         return self.alpha / self.init_r
 
     def allocator(self) -> RankAllocator:
-        """Return the callback that shares out the ranks."""
-        names = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "shrink")
+        """Return the callback that shares out the ranks; each named set has its own target_r."""
+        names = ("tinit", "tfinal", "deltaT", "beta1", "beta2", "shrink")
         return RankAllocator(**{name: getattr(self, name) for name in names})
 
     def to_peft(self) -> dict[str, Any]:
@@ -153,6 +153,9 @@ def _nearly(value: float) -> float:
 
 class AdaLoRA(PEFT):
     """AdaLoRA on the task's model: low-rank updates that share one budget of ranks.
+
+    A further named set has ranks, scale and targets of its own, and a budget of its own. Penalty and schedule belong to
+    the run: they are those of the first set.
 
     Args:
         adalora: ranks, scale, targets, penalty and schedule.
