@@ -162,7 +162,10 @@ class PEFT(AdapterSets):
         """Return the method that placed the named set, where it is a further one."""
         owner, chosen = self.owner(name)
         placers = [] if owner is None else self._sets.get(chosen, [])
-        return next((placer for placer in placers if owner and owner.peft_type in placer.kinds()), self)
+        placer = next((placer for placer in placers if owner and owner.peft_type in placer.kinds()), None)
+        if placer is not None:
+            self.refuse_hooks(placer)
+        return placer or self
 
     def owner(self, name: str) -> tuple[Adapter | None, str]:
         """Return the adapter whose own a parameter is, and its named set; None for weights of the base.

@@ -52,7 +52,8 @@ ROOMS = {
     "low_rank": "adapter structure weights gates ops targets selection combining",
     "methods": "adapter placing named sites structure targets weights low_rank hub rewriting mixin module "
     "callbacks ops combining selection sublayers prefixed gates",
-    "sets": "adapter named module hub targets catalogue",
+    "folders": "adapter module hub catalogue",
+    "sets": "adapter named folders hub targets",
     "tasks": "adapter module data backbone sites structure",
     "zoo": "methods tasks catalogue module mixin",
     "comparing": "catalogue zoo module backbone faults quiet",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lit_peft import AdaLoRA, AdaLoRAConfig, DoRA, LoRAConfig
+from lit_peft import AdaLoRA, AdaLoRAConfig, DoRA, LoRAConfig, MoRAConfig
 from lit_peft.adapter import adapter_names, named_adapters
-from lit_peft.named import activate, adapters, disabled, routed
+from lit_peft.named import activate, adapters, add_adapter, disabled, routed, train_adapters
 from tests.many_adapters import move
 from tests.models import save_tiny
 from tests.test_methods import Case, batch, build, loader, outputs, quick_trainer, shake
@@ -102,6 +103,29 @@ def test_an_idle_set_keeps_its_ranks(folder: Path, tmp_path: Path) -> None:
         assert torch.allclose(outputs(module, rows), before, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("method", "one", "config", "noted"),
+    [
+        ("adalora", {"adalora": {"alpha": 8}}, AdaLoRAConfig(init_r=5, target_r=2, alpha=40), {"init_r": 5}),
+        ("mora", {"mora": {"r": 3, "mora_type": 1}}, MoRAConfig(r=2, mora_type=2), {"r": 2, "mora_type": 2}),
+        ("lora", {"lora": {"alpha": 8}}, LoRAConfig(r=2, alpha=40), {"r": 2, "lora_alpha": 40}),
+    ],
+)
+def test_a_set_added_to_the_model_is_saved_with_its_own_settings(
+    method: str, one: Any, config: Any, noted: Any, folder: Path, tmp_path: Path
+) -> None:
+    module, rows = made(folder, method, **one), batch("sft")
+    add_adapter(module.model, "two", config)
+    move(module.model, "two", 1)
+    module.save_adapter(tmp_path / "two", "two")
+    written = json.loads((tmp_path / "two/adapter_config.json").read_text())
+    assert noted.items() <= written.items()
+    with adapters(module, "two"):
+        expected = outputs(module, rows)
+    again = made(folder, method, adapter=str(tmp_path / "two"))
+    assert torch.allclose(outputs(again, rows), expected, atol=1e-6)
+
+
 def test_each_set_meets_a_budget_of_its_own(folder: Path, tmp_path: Path) -> None:
     settings = {"init_r": 6, "target_r": 4, "tinit": 1, "tfinal": 1, "deltaT": 1}
     module = made(folder, "adalora", adalora=settings)
@@ -118,6 +142,11 @@ def test_a_further_set_that_needs_hooks_or_shares_a_base_that_changes(folder: Pa
     module = made(folder, "lora")
     with pytest.raises(TypeError, match="takes part in the training"):
         module.add_adapter("ranked", AdaLoRA, adalora=AdaLoRAConfig())
+    module.add_adapter("ranked", AdaLoRA, adalora=AdaLoRAConfig(init_r=3, target_r=2), train=False)
+    assert {n for n, p in module.named_parameters() if p.requires_grad and n.endswith(".ranked")} == set()
+    train_adapters(module, "ranked")
+    with pytest.raises(TypeError, match="Make it the first one"):
+        quick_trainer(tmp_path, max_steps=1).fit(module, loader("sft", 1))
     module = made(folder, "relora", lora={"r": 4}, restart_every=2)
     module.add_adapter("beside", DoRA, lora=LoRAConfig(r=2), train=False)
     with pytest.raises(TypeError, match="would change the base below"):
