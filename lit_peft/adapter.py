@@ -342,7 +342,12 @@ def merge(model: nn.Module, names: tuple[str, ...] | None = None) -> nn.Module:
     if unknown:
         raise ValueError(f"No adapter is named {unknown[0]!r}. This model has {adapter_names(model)}.")
     reasons = [why for _, adapter in found if (why := getattr(type(innermost(adapter)), "unmergeable", ""))]
-    for _, adapter in found:
+    for path, adapter in found:
+        weight = innermost(adapter)._parameters.get("weight")
+        if weight is not None and not weight.is_floating_point():
+            reasons.append(
+                f"{path} holds its weight as {weight.dtype}: nothing folds into it. Load the base unquantised."
+            )
         acts = [name for name in (adapter.active() if names is None else names) if name in adapter.configs]
         if acts and type(adapter).merge is Adapter.merge:
             kind = type(adapter).__name__

@@ -20,6 +20,7 @@ from lit_peft.callbacks.adapter_freeze import AdapterFreeze
 from lit_peft.callbacks.base import AdapterCallback
 from lit_peft.module import AdaptableModule
 from lit_peft.named import activate, train_adapters
+from lit_peft.quantised.foreign import own_layers
 from lit_peft.selection import keep_selection
 from lit_peft.sets import AdapterSets, holds_task, is_task
 from lit_peft.sites import describe_coverage, layers
@@ -99,6 +100,7 @@ class PEFT(AdapterSets):
                 f"{type(self).__name__} has no model to adapt. Combine methods with a task, class Mine(LoRA, SFT), or "
                 "set self.model in your configure_model."
             )
+        own_layers(self.model)
         self._placed = True
         if self.adapter is not None:
             for config in hub.read_configs(self.adapter):

@@ -48,7 +48,7 @@ ROOMS = {
     "hub": "adapter sites structure targets backbone tensor_files forks",
     "merging": "adapter weights hub backbone rewriting quantised",
     "callbacks": "adapter named weights module hub merging backbone faults rewriting tensor_files",
-    "mixin": "selection adapter meaning named module sites structure hub callbacks rewriting weights sets",
+    "mixin": "selection adapter meaning named module sites structure hub callbacks rewriting weights sets quantised",
     "low_rank": "adapter structure weights gates ops targets selection combining",
     "methods": "adapter placing named sites structure targets weights low_rank hub rewriting mixin module "
     "callbacks ops combining selection sublayers prefixed gates",
