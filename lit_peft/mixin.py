@@ -65,6 +65,11 @@ class PEFT(AdapterSets):
         super().__init__(*args, **kwargs)
         self.strict_loading = False  # checkpoints hold adapters only; `on_load_checkpoint` does the checking
 
+    @classmethod
+    def fixes(cls, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        """Return what this variant of a method fixes in its settings, whatever else is given, by keyword."""
+        return {}
+
     def configured(self, kind: type[Config], key: str, value: Config | Mapping[str, Any], **preset: Any) -> Config:
         """Return a method's configuration as its dataclass and note it as a plain dict in the hyper-parameters.
 

@@ -164,7 +164,7 @@ class AdapterSets(AdapterFolders):
         named.combine_adapters(self.model, names, weights, name, how, **options)
         placers: dict[str, AdapterSets] = {}
         for source in names:
-            for placer in self._sets.get(source) or self._placers(_methods(type(self)), {}, FIRST):
+            for placer in self._sets.get(source) or self._placers(stacked(type(self)), {}, FIRST):
                 placers.setdefault(placer.kind(), placer)
         try:
             made = []
@@ -186,7 +186,7 @@ class AdapterSets(AdapterFolders):
         if name in known:
             raise ValueError(f"This model already has an adapter named {name!r}. Choose another, or delete it first.")
         settings = {key: value for key, value in entry.items() if key not in ("adapter", "train", "methods")}
-        methods = [_imported(path) for path in entry.get("methods", [])] or _methods(type(self))
+        methods = [_imported(path) for path in entry.get("methods", [])] or stacked(type(self))
         wanted = [method for method in methods if settings.keys() & _keywords(method)] if settings else methods
         strange = settings.keys() - {keyword for method in wanted for keyword in _keywords(method)}
         if strange:
@@ -241,7 +241,7 @@ class AdapterSets(AdapterFolders):
         """Return modules like those that place a set, for one that was added to the model behind this module's back."""
         assert self.model is not None
         held = [adapter.configs[name] for _, adapter in named_adapters(self.model) if name in adapter.configs]
-        methods = _methods(type(self))
+        methods = stacked(type(self))
         kinds = {key: type(getattr(self, key, None)) for method in methods for key in _keywords(method)}
         settings = {key: next((c for c in held if type(c) is kind), None) for key, kind in kinds.items()}
         return self._placers(methods, {key: config for key, config in settings.items() if config is not None}, name)
@@ -311,7 +311,7 @@ def holds_task(cls: type) -> bool:
     return any(is_task(parent) for parent in cls.__mro__)
 
 
-def _methods(cls: type) -> list[type[AdapterSets]]:
+def stacked(cls: type) -> list[type[AdapterSets]]:
     """Return the methods that a module is made of, outermost first."""
     found: list[type[AdapterSets]] = []
     for parent in cls.__mro__:

@@ -80,6 +80,11 @@ class LoRA(PEFT):
         self.lora = self.configured(LoRAConfig, "lora", lora, **self.fixed(lora))
 
     @classmethod
+    def fixes(cls, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        """Return what this variant fixes in its settings."""
+        return {**super().fixes(given), "lora": cls.fixed(given.get("lora", {}))}
+
+    @classmethod
     def fixed(cls, given: LoRAConfig | Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what this variant fixes in a given configuration: nothing in one that came with its weights."""
         start = given.get("init_lora_weights") if isinstance(given, Mapping) else given.init_lora_weights
