@@ -316,6 +316,8 @@ def refuse_stack(methods: Sequence[type[PEFT]]) -> None:
         TypeError: if two of them take the same settings, so that one would be lost, or do not go together.
     """
     for one, other in combinations([method for method in methods if method.method], 2):
+        if one is not other and issubclass(other, one):
+            raise TypeError(f"{other.method} is {one.method} already, with more. Leave {one.method} out of the stack.")
         shared = sorted(_settings(one) & _settings(other))
         # variants of one method (dora+loraplus) are one method with the presets of both
         variants = all(hasattr(method, "preset") and not method.config_types for method in (one, other))

@@ -12,6 +12,7 @@ import torch
 from lit_peft import AdaLoRA, AdaLoRAConfig, DoRA, LoRAConfig, MoRAConfig
 from lit_peft.adapter import adapter_names, named_adapters
 from lit_peft.named import activate, adapters, add_adapter, disabled, routed, train_adapters
+from lit_peft.zoo import compose
 from tests.many_adapters import move
 from tests.models import save_tiny
 from tests.test_methods import Case, batch, build, loader, outputs, quick_trainer, shake
@@ -245,3 +246,37 @@ def test_no_names_are_the_base_or_an_error(folder: Path) -> None:
         pass
     with disabled(module):
         assert torch.equal(outputs(module, rows), base)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "said"),
+    [
+        ("lora", {"lora": {"r": True}}, "lora.r is True; the rank must be 1 or more, a whole number"),
+        ("lora", {"lora": {"rank_pattern": {"q_proj": 2.0}}}, "is 2.0; the rank must be 1 or more, a whole number"),
+        ("lora", {"lora": {"init_lora_weights": "foo"}}, "lora.init_lora_weights is 'foo'; it must be one of default,"),
+        ("adalora", {"adalora": {"init_r": 2.5, "target_r": 2}}, "adalora.init_r is 2.5; the rank must be a whole"),
+        ("adalora", {"adalora": {"target_r": 2.5}}, "adalora.target_r is 2.5; it must be a whole number"),
+        ("mora", {"mora": {"r": float("nan")}}, "mora.r is nan; it must be a whole number"),
+        ("relora", {"lora": {"init_lora_weights": "pissa_niter_4"}}, "ReLoRA restarts plain LoRA only"),
+    ],
+)
+def test_values_that_were_refused_late_or_in_riddles(method: str, settings: Any, said: str, folder: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        compose(method, "sft")(str(folder), **settings)
+
+
+@pytest.mark.parametrize("variant", ["dora", "rslora"])
+def test_a_variant_does_not_become_plain_lora(variant: str, folder: Path, tmp_path: Path) -> None:
+    made(folder, "lora").save_adapter(tmp_path / "plain")
+    with pytest.raises(ValueError, match=f"{variant} is LoRA with it. Use --method lora"):
+        made(folder, variant, adapter=str(tmp_path / "plain"))
+    made(folder, variant).save_adapter(tmp_path / "own")
+    assert made(folder, variant, adapter=str(tmp_path / "own")).lora.target_modules
+    made(folder, "pissa", adapter=str(tmp_path / "plain"))  # what it saves is plain LoRA too
+
+
+@pytest.mark.parametrize("stack", ["lora+relora", "lora+qlora", "mora+remora"])
+def test_a_method_below_its_own_variant(stack: str) -> None:
+    with pytest.raises(TypeError, match=r"already, with more. Leave (lora|mora) out of the stack") as caught:
+        compose(stack, "sft")
+    assert "\n" not in str(caught.value)

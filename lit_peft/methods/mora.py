@@ -64,7 +64,7 @@ class MoRAConfig:
     default_lr: ClassVar[float] = 3e-4
 
     def __post_init__(self) -> None:
-        if self.r < 1 or self.r != int(self.r):
+        if type(self.r) is not int or self.r < 1:
             raise ValueError(f"mora.r is {self.r}; it must be a whole number of 1 or more.")
         if self.mora_type not in square.TYPES:
             raise ValueError(f"mora.mora_type is {self.mora_type}; it must be one of 1, 2, 3, 4, 6.")
