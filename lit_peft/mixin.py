@@ -35,14 +35,7 @@ class PEFT(AdapterSets):
     A trainable module is *methods, then a task*: `class Mine(LoRA, SFT)`. Methods cooperate through `super()`; a class
     in the wrong order would train all weights without a word, so it is refused when it is defined.
 
-    Args:
-        adapter: folder of a saved adapter to start from; its configuration wins over the arguments.
-        check_base: refuse an adapter that was made on another base model.
-        check_settings: refuse a checkpoint whose weights would mean something else under the settings given here, such
-            as another alpha.
-        named: further adapters by name, each with what `add_adapter` takes: the methods' settings, or
-            `adapter: FOLDER`; and `train: false` to keep it as it is.
-        active: names of the adapters that act together, in this order; None: the first one, `default`.
+    Its arguments are those of `AdapterSets`.
     """
 
     config_types: ClassVar[dict[str, type[Any]]] = {}  # settings with other defaults, where a method composes others

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_peft.adapter import Adapter, adapter_names, check_name, named_adapters, scopes_of
+from lit_peft.adapter import Adapter, adapter_names, check_name, check_once, named_adapters, scopes_of
 from lit_peft.combining import check_how
 from lit_peft.selection import Rows, choose, keep_selection, originals_restored
 
@@ -150,7 +150,7 @@ def adapters(model: nn.Module, *names: str) -> AbstractContextManager[None]:
         *names: one or several names; they act together, in this order. None at all: the base alone.
 
     Raises:
-        ValueError: if a name is unknown.
+        ValueError: if a name is unknown, or comes twice.
         TypeError: if there are no names, and weights of the base are trained in place.
 
     Example:
@@ -159,6 +159,7 @@ def adapters(model: nn.Module, *names: str) -> AbstractContextManager[None]:
         >>> #     scores = model(**batch)
     """
     _check_known(model, names)
+    check_once(names)
     if not names:
         _check_untouched(model)
     keep_selection(model)  # gradient checkpointing may have been switched on since the adapters were placed
@@ -187,6 +188,8 @@ def routed(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Abs
         raise ValueError("routed needs one name for each row of the batch; it got none.")
     rows = Rows(names)
     _check_known(model, rows.names)
+    for entry in names:
+        check_once(entry if isinstance(entry, Sequence) and not isinstance(entry, str) else ())
     if not all(names):
         _check_untouched(model)
     keep_selection(model)

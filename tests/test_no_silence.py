@@ -280,3 +280,16 @@ def test_a_method_below_its_own_variant(stack: str) -> None:
     with pytest.raises(TypeError, match=r"already, with more. Leave (lora|mora) out of the stack") as caught:
         compose(stack, "sft")
     assert "\n" not in str(caught.value)
+
+
+def test_one_adapter_named_twice(folder: Path) -> None:
+    module = made(folder, "lora")
+    with pytest.raises(ValueError, match="'default' is named twice"), adapters(module, "default", "default"):
+        pass
+    with pytest.raises(ValueError, match="'default' is named twice"), routed(module, ["default", ("default",) * 2]):
+        pass
+    with pytest.raises(ValueError, match="'default' is named twice"):
+        module.merge_adapters("default", "default")
+    with pytest.raises(ValueError, match="'default' is named twice"):
+        activate(module.model, "default", "default")
+    assert len(list(named_adapters(module.model))) == 14
