@@ -309,8 +309,6 @@ def refuse_stack(methods: Sequence[type[PEFT]]) -> None:
         TypeError: if two of them take the same settings, so that one would be lost, or do not go together.
     """
     for one, other in combinations([method for method in methods if method.method], 2):
-        if one is not other and issubclass(other, one):
-            raise TypeError(f"{other.method} is {one.method} already, with more. Leave {one.method} out of the stack.")
         shared = sorted(_settings(one) & _settings(other))
         # variants of one method (dora+loraplus) are one method with the presets of both
         variants = all(hasattr(method, "preset") and not method.config_types for method in (one, other))
@@ -319,6 +317,8 @@ def refuse_stack(methods: Sequence[type[PEFT]]) -> None:
                 f"{one.method} and {other.method} both take {shared[0]!r} and would fight for one place. Use one of "
                 f"them, or add the other as a named adapter: module.add_adapter(NAME, {other.__name__})."
             )
+        if one is not other and issubclass(other, one):
+            raise TypeError(f"{other.method} is {one.method} already, with more. Leave {one.method} out of the stack.")
         if other.method in one.conflicts or one.method in other.conflicts:
             raise TypeError(
                 f"{one.method} does not go with {other.method}: virtual tokens move the positions that the other one "

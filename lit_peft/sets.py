@@ -273,15 +273,19 @@ class AdapterSets(AdapterFolders):
             kind = type(placer).__name__
             raise TypeError(f"{kind} {what}, so it cannot be the further adapter {name!r}. Use it as the first one.")
 
+    def takes_part(self) -> tuple[str, ...]:
+        """Return the hooks by which this method may take part in the training, beside its adapters."""
+        return "configure_callbacks", "training_step"
+
     def refuse_hooks(self, placer: AdapterSets) -> None:
         """See that this module brings what a further set needs while it is trained: a penalty, a callback.
 
         Raises:
             TypeError: if it does not.
         """
-        for hook in ("configure_callbacks", "training_step") if not isinstance(self, type(placer)) else ():
-            owners = [c for c in type(placer).__mro__ if hook in c.__dict__]
-            if owners and issubclass(owners[0], AdapterSets) and owners[0].__dict__.get("method"):
+        for hook in placer.takes_part():
+            owner = next((c for c in type(placer).__mro__ if hook in c.__dict__), object)
+            if not isinstance(self, owner):
                 kind = type(placer).__name__
                 raise TypeError(
                     f"{kind} takes part in the training by its {hook}, which a further adapter cannot bring along. "

@@ -86,9 +86,8 @@ class AdaLoRAConfig:
         if type(self.init_r) is not int or self.init_r < 1:
             raise ValueError(f"adalora.init_r is {self.init_r}; the rank must be a whole number, 1 or more.")
         if type(self.target_r) is not int or not 1 <= self.target_r <= self.init_r:
-            raise ValueError(
-                f"adalora.target_r is {self.target_r}; it must be a whole number from 1 to init_r, {self.init_r}."
-            )
+            kind = "" if type(self.target_r) is int else "a whole number "
+            raise ValueError(f"adalora.target_r is {self.target_r}; it must be {kind}from 1 to init_r, {self.init_r}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adalora.dropout is {self.dropout}; it must be at least 0 and below 1.")
         if not 0 < self.alpha < math.inf:

@@ -269,6 +269,10 @@ class Bottlenecks(PEFT):
         join(model, where, self.bottleneck_class, self.placing)
         self.depth = max(sites.values()) + 1
 
+    def takes_part(self) -> tuple[str, ...]:
+        """Return the hook that leaves adapters out, where that is asked."""
+        return ("training_step",) if self.bottleneck.random_drop else ()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task's step, with a random number of the first layers' adapters left out where that is asked."""
         if not self.bottleneck.random_drop:
