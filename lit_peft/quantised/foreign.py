@@ -26,6 +26,10 @@ def own_layers(model: nn.Module) -> list[str]:
 
     Raises:
         ValueError: for FP4, other block sizes, or a weight that an evaluation has repacked; nothing is changed then.
+
+    Example:
+        >>> own_layers(nn.Sequential(nn.Linear(2, 2)))
+        []
     """
     found = {path: module for path, module in model.named_modules() if _is_foreign(module)}
     for path, layer in found.items():
