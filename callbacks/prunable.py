@@ -26,6 +26,9 @@ class Prunable(Protocol):
         The first one, (r,), switches a triplet off where it is 0.
         """
 
+    def target(self, name: str) -> int:
+        """Return the mean rank that a named set is to have in the end."""
+
     def shrink(self, name: str) -> None:
         """Cut off what is not kept."""
 

@@ -44,7 +44,7 @@ class RankAllocator(Callback):
     how long that is, the Trainer knows.
 
     Args:
-        target_r: mean rank of a layer in the end.
+        target_r: mean rank of a layer in the end; None: what the settings of each named set say.
         tinit: steps before the first triplet is switched off; a float is a share of the run; None: a tenth.
         tfinal: steps at the end with settled ranks, written like tinit; None: four tenths.
         deltaT: steps from one choice to the next; None: a thousandth of the run.
@@ -67,7 +67,7 @@ class RankAllocator(Callback):
 
     def __init__(
         self,
-        target_r: int = 8,
+        target_r: int | None = None,
         tinit: int | float | None = None,
         tfinal: int | float | None = None,
         deltaT: int | None = None,  # HF PEFT's name
@@ -76,7 +76,7 @@ class RankAllocator(Callback):
         shrink: bool = True,
         folder: str | Path | None = None,
     ) -> None:
-        if target_r < 1:
+        if target_r is not None and target_r < 1:
             raise ValueError(f"target_r is {target_r}; the mean rank in the end must be 1 or more.")
         for name, value in (("tinit", tinit), ("tfinal", tfinal)):
             if isinstance(value, float) and not 0 <= value < 1:
@@ -201,7 +201,8 @@ class RankAllocator(Callback):
             together = torch.cat([parts[i] for i in numbers])
             if self._acting and name not in self._acting:
                 continue  # a set that does not act in this run has no importances: its ranks stay as they are
-            final = min(len(together), self.target_r * len(numbers))
+            wanted = [self.target_r or self._sets[i].adapter.target(name) for i in numbers]
+            final = min(len(together), sum(wanted))
             budget = self.schedule.budget(self._step, len(together), final)
             on = torch.zeros(len(together), dtype=torch.bool)
             # stable: of equal scores the first ones, by layer and row, on every process

@@ -287,6 +287,13 @@ def check_name(name: str) -> None:
         )
 
 
+def check_once(names: Sequence[str]) -> None:
+    """Raise a ValueError if a name comes twice: the adapter would act twice."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} is named twice, and would act twice. Name each adapter once.")
+
+
 def _together(adapter: Adapter) -> bool:
     # With several processes every set takes part, if need be with no row: DDP waits for a gradient from each.
     return adapter.training and dist.is_available() and dist.is_initialized()
@@ -335,15 +342,21 @@ def merge(model: nn.Module, names: tuple[str, ...] | None = None) -> nn.Module:
         names: which sets to fold; default: those that act.
 
     Raises:
-        ValueError: if a name is unknown.
+        ValueError: if a name is unknown, or comes twice.
         TypeError: if a method cannot be folded, or the base is quantised.
     """
     found = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, Adapter)]
     unknown = [name for name in names or () if name not in adapter_names(model)]
+    check_once(names or ())
     if unknown:
         raise ValueError(f"No adapter is named {unknown[0]!r}. This model has {adapter_names(model)}.")
     reasons = [why for _, adapter in found if (why := getattr(type(innermost(adapter)), "unmergeable", ""))]
-    for _, adapter in found:
+    for path, adapter in found:
+        weight = innermost(adapter)._parameters.get("weight")
+        if weight is not None and not weight.is_floating_point():
+            reasons.append(
+                f"{path} holds its weight as {weight.dtype}: nothing folds into it. Load the base unquantised."
+            )
         acts = [name for name in (adapter.active() if names is None else names) if name in adapter.configs]
         if acts and type(adapter).merge is Adapter.merge:
             kind = type(adapter).__name__

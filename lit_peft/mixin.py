@@ -11,15 +11,17 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lit_peft import hub, rewriting
+from lit_peft import hub, meaning, rewriting
 from lit_peft.adapter import Adapter, adapter_names, merge, named_adapters, scope_of
 from lit_peft.callbacks.adapter_freeze import AdapterFreeze
 from lit_peft.callbacks.base import AdapterCallback
+from lit_peft.module import AdaptableModule
 from lit_peft.named import activate, train_adapters
 from lit_peft.ops.blocks import fuse
+from lit_peft.quantised.foreign import own_layers
 from lit_peft.selection import keep_selection
 from lit_peft.sets import AdapterSets, holds_task, is_task
 from lit_peft.sites import describe_coverage, layers
@@ -28,22 +30,15 @@ from lit_peft.weights import count
 Config = TypeVar("Config")
 
 
-# settings without which the same weights mean another function
-MEANING = frozenset({"alpha", "use_rslora", "mora_type", "init_r", "scale", "activation", "first", "last"})
-
-
 class PEFT(AdapterSets):
     """The base of every method: places adapters once the task has built its model, freezes, saves and loads.
 
     A trainable module is *methods, then a task*: `class Mine(LoRA, SFT)`. Methods cooperate through `super()`; a class
     in the wrong order would train all weights without a word, so it is refused when it is defined.
 
+    Its arguments are those of `AdapterSets`, and one more.
+
     Args:
-        adapter: folder of a saved adapter to start from; its configuration wins over the arguments.
-        check_base: refuse an adapter that was made on another base model.
-        named: further adapters by name, each with what `add_adapter` takes: the methods' settings, or
-            `adapter: FOLDER`; and `train: false` to keep it as it is.
-        active: names of the adapters that act together, in this order; None: the first one, `default`.
         fused: let gated MLPs and RMS norms keep less for the backward pass; values and checkpoints stay as they are.
     """
 
@@ -68,6 +63,11 @@ class PEFT(AdapterSets):
         self.fused = fused
         self.save_hyperparameters({"fused": fused})
         self.strict_loading = False  # checkpoints hold adapters only; `on_load_checkpoint` does the checking
+
+    @classmethod
+    def fixes(cls, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        """Return what this variant of a method fixes in its settings, whatever else is given, by keyword."""
+        return {}
 
     def configured(self, kind: type[Config], key: str, value: Config | Mapping[str, Any], **preset: Any) -> Config:
         """Return a method's configuration as its dataclass and note it as a plain dict in the hyper-parameters.
@@ -104,6 +104,7 @@ class PEFT(AdapterSets):
                 f"{type(self).__name__} has no model to adapt. Combine methods with a task, class Mine(LoRA, SFT), or "
                 "set self.model in your configure_model."
             )
+        own_layers(self.model)
         self._placed = True
         if self.adapter is not None:
             for config in hub.read_configs(self.adapter):
@@ -160,15 +161,34 @@ class PEFT(AdapterSets):
 
     def learning_rate(self, name: str, parameter: nn.Parameter) -> float | None:
         """Return what the method that owns the parameter prefers."""
+        owner, chosen = self.owner(name)
+        if owner is None:
+            return super().learning_rate(name, parameter)
+        return float(owner.configs.get(chosen, next(iter(owner.configs.values()))).default_lr)
+
+    def rated_by(self, name: str) -> AdaptableModule:
+        """Return the method that placed the named set, where it is a further one."""
+        owner, chosen = self.owner(name)
+        placers = [] if owner is None else self._sets.get(chosen, [])
+        placer = next((placer for placer in placers if owner and owner.peft_type in placer.kinds()), None)
+        if placer is not None:
+            self.refuse_hooks(placer)
+        return placer or self
+
+    def owner(self, name: str) -> tuple[Adapter | None, str]:
+        """Return the adapter whose own a parameter is, and its named set; None for weights of the base.
+
+        Args:
+            name: the parameter's path in `self.model`.
+        """
         path, _, _ = name.rpartition(".")
         while path and self.model is not None:
             owner = self.model.get_submodule(path)
-            if isinstance(owner, Adapter):
-                inside = name.removeprefix(f"{path}.")
-                if not inside.startswith("base."):
-                    return float(next(iter(owner.configs.values())).default_lr)
+            inside = name.removeprefix(f"{path}.")
+            if isinstance(owner, Adapter) and not inside.startswith("base."):
+                return owner, next((piece for piece in inside.split(".")[:0:-1] if piece in owner.configs), "")
             path, _, _ = path.rpartition(".")
-        return super().learning_rate(name, parameter)
+        return None, ""
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -210,14 +230,15 @@ class PEFT(AdapterSets):
             meta["restarts"] = restarts
         if self._placed and self.model is not None:
             scope = scope_of(self.model)
+            meta["settings"] = meaning.noted(self.model)
             meta["adapters"] = {"active": list(scope.active), "trained": scope.trained and list(scope.trained)}
         meta["class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the file was made on this base, and holds every trained weight and none that this model lacks.
+        """Check that the file fits: same base, same settings, every trained weight and none that this model lacks.
 
         Raises:
-            ValueError: with the first keys that do not fit.
+            ValueError: with the first keys, or the first setting, that do not fit.
         """
         super().on_load_checkpoint(checkpoint)
         if not self._placed or self.model is None:
@@ -225,15 +246,23 @@ class PEFT(AdapterSets):
         if self.check_base:
             hub.compare_bases(checkpoint.get("lit_peft", {}).get("base") or {}, self.base_identity())
         rewriting.note(self.model, checkpoint.get("lit_peft", {}).get("restarts") or {})
-        for key, mine in self.hparams.items():
-            theirs = checkpoint.get("hyper_parameters", {}).get(key)
-            if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
-                changed = sorted(name for name in MEANING & mine.keys() & theirs.keys() if mine[name] != theirs[name])
-                if changed:
-                    rank_zero_warn(
-                        f"{key}.{changed[0]} is {mine[changed[0]]!r} here and was {theirs[changed[0]]!r} when the "
-                        "checkpoint was made: its weights may mean something else now."
-                    )
+        misfit = self._misfit(checkpoint)
+        if changed := self.changed_settings(checkpoint):
+            way = ", or check_settings to false if you mean the change" if not misfit else ""
+            raise ValueError(f"{changed}{way}.")
+        if misfit:
+            raise ValueError(misfit)
+        self._choose_as(checkpoint.get("lit_peft", {}).get("adapters"))
+
+    def changed_settings(self, checkpoint: Mapping[str, Any]) -> str:
+        """Return in words which setting gives a checkpoint's weights another meaning here, empty if none does."""
+        assert self.model is not None
+        stored = checkpoint.get("lit_peft", {}).get("settings") or {}
+        return meaning.difference(self.model, stored, self.hparams) if self.check_settings else ""
+
+    def _misfit(self, checkpoint: Mapping[str, Any]) -> str:
+        """Return what keys or shapes do not fit this model, empty if all do."""
+        assert self.model is not None
         stored = set(checkpoint.get("lit_peft", {}).get("keys") or checkpoint.get("state_dict", {}))
         stored = {key for key in stored if key.startswith("model.")}
         present = {f"model.{name}" for name, _ in self.model.named_parameters(remove_duplicate=False)}
@@ -245,17 +274,17 @@ class PEFT(AdapterSets):
                 if missing
                 else (f"holds {len(surplus)} weights that this model lacks, such as {surplus[0]!r}")
             )
-            raise ValueError(f"The checkpoint {what}. Was it made with another method, rank or base model?")
+            return f"The checkpoint {what}. Was it made with another method, rank or base model?"
         mine = {
             f"model.{name}": parameter.shape for name, parameter in self.model.named_parameters(remove_duplicate=False)
         }
         for key, tensor in checkpoint.get("state_dict", {}).items():
             if key in mine and tensor.shape != mine[key]:
-                raise ValueError(
+                return (
                     f"Shapes differ for {key!r}: {tuple(tensor.shape)} in the checkpoint, {tuple(mine[key])} here. Was "
                     "it made with another rank or base model?"
                 )
-        self._choose_as(checkpoint.get("lit_peft", {}).get("adapters"))
+        return ""
 
     def _choose_as(self, noted: Mapping[str, Any] | None) -> None:
         """Let the adapters act and train as in the run that wrote a checkpoint."""
@@ -296,6 +325,8 @@ def refuse_stack(methods: Sequence[type[PEFT]]) -> None:
                 f"{one.method} and {other.method} both take {shared[0]!r} and would fight for one place. Use one of "
                 f"them, or add the other as a named adapter: module.add_adapter(NAME, {other.__name__})."
             )
+        if one is not other and issubclass(other, one):
+            raise TypeError(f"{other.method} is {one.method} already, with more. Leave {one.method} out of the stack.")
         if other.method in one.conflicts or one.method in other.conflicts:
             raise TypeError(
                 f"{one.method} does not go with {other.method}: virtual tokens move the positions that the other one "

@@ -66,6 +66,10 @@ class AdaptableModule(LightningModule):
         """Return the learning rate of one parameter where that of its group would be `lr` (LoRA+ raises that of B)."""
         return lr
 
+    def rated_by(self, name: str) -> AdaptableModule:
+        """Return the module whose learning rates hold for a parameter: this one, or that of a further named set."""
+        return self
+
     def parameter_groups(self, lr: float | None = None, weight_decay: float | None = None) -> list[dict[str, Any]]:
         """Group what is trained by learning rate and weight decay, for an optimizer.
 
@@ -91,9 +95,11 @@ class AdaptableModule(LightningModule):
             if later:
                 rate = self.thaws[name]
             else:
-                own = self.learning_rate(name, parameter) or FALLBACK_LR
+                voice = self.rated_by(name)
+                voice.given_lr = lr
+                own = voice.learning_rate(name, parameter) or FALLBACK_LR
                 preferred.add(own)
-                rate = self.adjusted_learning_rate(name, parameter, own if lr is None else lr)
+                rate = voice.adjusted_learning_rate(name, parameter, own if lr is None else lr)
             decay = weight_decay or 0.0 if parameter.ndim > 1 else 0.0
             groups.setdefault((rate, decay, later), []).append(parameter)
         if not groups:

@@ -6,6 +6,7 @@ Which set acts is chosen by the *call*: `with adapters(model, "reward"):`, `with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_peft.adapter import Adapter, adapter_names, check_name, named_adapters, scopes_of
+from lit_peft.adapter import Adapter, adapter_names, check_name, check_once, named_adapters, scopes_of
 from lit_peft.combining import check_how
 from lit_peft.selection import Rows, choose, keep_selection, originals_restored
 
@@ -99,7 +100,7 @@ def combine_adapters(
         seed: for `dare`: of its random choice.
 
     Raises:
-        ValueError: if a name is unknown or taken, or the rule does not go with these adapters.
+        ValueError: if a name is unknown or taken, a weight is not finite, or the rule does not go with these adapters.
         TypeError: if a method has no such rule.
 
     Example:
@@ -119,6 +120,9 @@ def combine_adapters(
         raise ValueError(
             f"{len(names)} adapters and {len(weights)} weights were given. Give one weight for each adapter."
         )
+    endless = [weight for weight in weights if not math.isfinite(weight)]
+    if endless:
+        raise ValueError(f"A weight is {endless[0]}; each must be a finite number.")
     _check_known(model, names)
     _check_free(model, name)
     generator = torch.Generator().manual_seed(seed)
@@ -143,10 +147,11 @@ def adapters(model: nn.Module, *names: str) -> AbstractContextManager[None]:
 
     Args:
         model: the adapted model, or a LightningModule that holds it.
-        *names: one or several names; they act together, in this order.
+        *names: one or several names; they act together, in this order. None at all: the base alone.
 
     Raises:
-        ValueError: if a name is unknown.
+        ValueError: if a name is unknown, or comes twice.
+        TypeError: if there are no names, and weights of the base are trained in place.
 
     Example:
         >>> from lit_peft import adapters
@@ -154,6 +159,9 @@ def adapters(model: nn.Module, *names: str) -> AbstractContextManager[None]:
         >>> #     scores = model(**batch)
     """
     _check_known(model, names)
+    check_once(names)
+    if not names:
+        _check_untouched(model)
     keep_selection(model)  # gradient checkpointing may have been switched on since the adapters were placed
     return choose(dict.fromkeys(scopes_of(model), names))
 
@@ -180,13 +188,21 @@ def routed(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Abs
         raise ValueError("routed needs one name for each row of the batch; it got none.")
     rows = Rows(names)
     _check_known(model, rows.names)
-    if any(not entry for entry in names) and any(scope.originals for scope in scopes_of(model)):
-        raise TypeError(
-            "A row cannot be answered by the base alone: weights of the base itself are trained here (biases, modules "
-            "to save, layers), for all rows. Use `disabled` for a batch of such rows."
-        )
+    for entry in names:
+        check_once(entry if isinstance(entry, Sequence) and not isinstance(entry, str) else ())
+    if not all(names):
+        _check_untouched(model)
     keep_selection(model)
     return choose(dict.fromkeys(scopes_of(model), rows))
+
+
+def _check_untouched(model: nn.Module) -> None:
+    """See that the base without its adapters is the base: its own weights are as they were."""
+    if any(scope.originals or scope.irreversible for scope in scopes_of(model)):
+        raise TypeError(
+            "A batch or row cannot be answered by the base alone: weights of the base itself are trained here (biases, "
+            "modules to save, layers), for all rows. Use `disabled` for a batch of such rows."
+        )
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

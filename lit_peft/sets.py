@@ -9,32 +9,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import nn
 
 from lit_peft import hub, named
 from lit_peft.adapter import Adapter, adapter_names, check_name, named_adapters, scope_of
-from lit_peft.catalogue import FACTS
-from lit_peft.module import AdaptableModule
+from lit_peft.folders import FIRST, AdapterFolders
 from lit_peft.targets import bare
 
-FIRST = "default"
 
-
-class AdapterSets(AdaptableModule):
+class AdapterSets(AdapterFolders):
     """What every method knows of adapter folders and of several named adapters on one base.
 
     Args:
         adapter: folder of a saved adapter to start from; its configuration wins over the arguments.
         check_base: refuse an adapter that was made on another base model.
+        check_settings: refuse a checkpoint whose weights would mean something else under the settings given here, such
+            as another alpha.
         named: further adapters by name, each with what `add_adapter` takes: the methods' settings, or
             `adapter: FOLDER`; and `train: false` to keep it as it is.
         active: names of the adapters that act together, in this order; None: the first one, `default`.
     """
 
-    method: ClassVar[str] = ""
     placing: str = FIRST  # the name under which `place_adapters` places
     beside: AdapterSets | None = None  # the module that a further adapter is placed for
     _placed = False
@@ -44,6 +42,7 @@ class AdapterSets(AdaptableModule):
         *args: Any,
         adapter: str | None = None,
         check_base: bool = True,
+        check_settings: bool = True,
         named: dict[str, dict[str, Any]] | None = None,
         active: list[str] | None = None,
         **kwargs: Any,
@@ -51,86 +50,19 @@ class AdapterSets(AdaptableModule):
         super().__init__(*args, **kwargs)
         self.adapter = adapter
         self.check_base = check_base
+        self.check_settings = check_settings
         self.named: dict[str, dict[str, Any]] = dict(named or {})
         self.active = active
         self._sets: dict[str, list[AdapterSets]] = {}
         self.save_hyperparameters({"adapter": adapter, "check_base": check_base, "named": named, "active": active})
 
-    # What a method says -----------------------------------------------------------------------------------------------
-
-    def adopt(self, config: Mapping[str, Any]) -> None:
-        """Take over the configuration read from an adapter folder; each method takes the part that is its own."""
-
-    def parts(self) -> list[dict[str, Any]]:
-        """Return the `adapter_config.json` contents of each stacked method, outermost last."""
-        return []
-
-    def gathered(self, layers: Mapping[str, Any]) -> Any:
-        """Return this method's configuration that places what a combination holds: `{module path: its settings}`.
-
-        Raises:
-            TypeError: if the method has no combinations.
-        """
-        raise TypeError(f"{type(self).__name__} has no combined adapters. Let the adapters act together instead.")
-
-    def declared(self) -> dict[str, Tensor]:
-        """Return the existing weights that are trained in place, by path in the model."""
-        assert self.model is not None
-        adapted = {id(p) for _, adapter in named_adapters(self.model) for _, p in adapter.own_parameters()}
-        return {
-            name: parameter.detach()
-            for name, parameter in self.model.named_parameters()
-            if id(parameter) not in adapted and self.is_trainable(name, parameter)
-        }
-
-    def base_identity(self) -> dict[str, Any]:
-        """Return name, revision and hash of the base model, as far as the task knows them."""
-        return dict(getattr(self, "backbone_identity", {}))
-
     # Adapter folders --------------------------------------------------------------------------------------------------
-
-    def save_adapter(self, folder: str | Path, name: str = FIRST) -> Path:
-        """Write one named adapter as a folder that HF PEFT loads (where PEFT has the method).
-
-        Args:
-            folder: where to write; must not hold another adapter's files.
-            name: which named set.
-
-        Returns:
-            The folder.
-
-        Raises:
-            ValueError: if there is no such set, or more was trained than an adapter folder holds.
-        """
-        assert self.model is not None, "call configure_model() first"
-        known = adapter_names(self.model)
-        if name not in known and (known or name != FIRST):
-            raise ValueError(f"No adapter is named {name!r}. This model has {known}.")
-        declared = self.declared()
-        own = {id(p) for _, adapter in named_adapters(self.model) for _, p in adapter.own_parameters()}
-        trained = {n for n, p in self.model.named_parameters() if p.requires_grad and id(p) not in own}
-        thawed = sorted(trained - declared.keys())
-        if thawed:
-            raise ValueError(
-                f"{len(thawed)} thawed weights of the base were trained too, such as {thawed[0]!r}, and an adapter "
-                "folder has no place for them. Keep the checkpoint, or merge."
-            )
-        labels = getattr(self, "labels", None)
-        return hub.write(
-            folder,
-            self.model,
-            self.parts_of(name),
-            declared=declared,
-            base=self.base_identity(),
-            task_type=getattr(self, "peft_task_type", None),
-            name=name,
-            notes={"labels": list(labels)} if labels else None,
-        )
 
     def parts_of(self, name: str) -> list[dict[str, Any]]:
         """Return the `adapter_config.json` contents of each method of one named set, outermost last."""
         assert self.model is not None, "call configure_model() first"
-        parts = [part for placer in self._sets.get(name, [self]) for part in placer.parts()]
+        placers = [self] if name == FIRST else self._sets.get(name) or self._found(name)
+        parts = [part for placer in placers for part in placer.parts()]
         return [part for part in parts if name == FIRST or hub.owned(self.model, part["peft_type"], name)]
 
     def load_adapter(self, folder: str | Path, name: str = FIRST) -> None:
@@ -232,7 +164,7 @@ class AdapterSets(AdaptableModule):
         named.combine_adapters(self.model, names, weights, name, how, **options)
         placers: dict[str, AdapterSets] = {}
         for source in names:
-            for placer in self._sets.get(source) or self._placers(_methods(type(self)), {}, FIRST):
+            for placer in self._sets.get(source) or self._placers(stacked(type(self)), {}, FIRST):
                 placers.setdefault(placer.kind(), placer)
         try:
             made = []
@@ -247,15 +179,6 @@ class AdapterSets(AdaptableModule):
         self._sets[name] = made
         self._note(name, self._resolved(made, train=scope_of(self.model).trained is None))
 
-    def kinds(self) -> list[str]:
-        """Return the kinds of folder that hold this method: one, or one for each part of a composed method."""
-        return self.kind().split(" + ")
-
-    def kind(self) -> str:
-        """Return the `peft_type` of a single method."""
-        facts = FACTS.get(self.method)
-        return facts.peft_type if facts else str(self.parts()[-1]["peft_type"])
-
     def _place(self, name: str, entry: Mapping[str, Any]) -> None:
         model, folder, train = self.model, entry.get("adapter"), entry.get("train", True)
         assert model is not None
@@ -263,7 +186,7 @@ class AdapterSets(AdaptableModule):
         if name in known:
             raise ValueError(f"This model already has an adapter named {name!r}. Choose another, or delete it first.")
         settings = {key: value for key, value in entry.items() if key not in ("adapter", "train", "methods")}
-        methods = [_imported(path) for path in entry.get("methods", [])] or _methods(type(self))
+        methods = [_imported(path) for path in entry.get("methods", [])] or stacked(type(self))
         wanted = [method for method in methods if settings.keys() & _keywords(method)] if settings else methods
         strange = settings.keys() - {keyword for method in wanted for keyword in _keywords(method)}
         if strange:
@@ -287,7 +210,7 @@ class AdapterSets(AdaptableModule):
         try:
             for placer in placers:
                 placer.place_adapters()
-                self._check_placed(placer, name)
+                self._check_placed(placer, name, train)
             if folder is not None:
                 base = self.base_identity() if self.check_base else {}
                 hub.read(folder, model, declared=self.declared(), base=base, name=name, copy=False)
@@ -314,6 +237,15 @@ class AdapterSets(AdaptableModule):
             made.append(placer)
         return made
 
+    def _found(self, name: str) -> list[AdapterSets]:
+        """Return modules like those that place a set, for one that was added to the model behind this module's back."""
+        assert self.model is not None
+        held = [adapter.configs[name] for _, adapter in named_adapters(self.model) if name in adapter.configs]
+        methods = stacked(type(self))
+        kinds = {key: type(getattr(self, key, None)) for method in methods for key in _keywords(method)}
+        settings = {key: next((c for c in held if type(c) is kind), None) for key, kind in kinds.items()}
+        return self._placers(methods, {key: config for key, config in settings.items() if config is not None}, name)
+
     def trained_anyway(self, name: str, parameter: nn.Parameter) -> bool:
         """Whether an existing weight is trained whatever an adapter folder says, as a task's new head is."""
         return self.is_trainable(name, parameter) or (
@@ -330,22 +262,35 @@ class AdapterSets(AdaptableModule):
         if name in adapter_names(self.model):
             named.delete_adapter(self.model, name)
 
-    def _check_placed(self, placer: AdapterSets, name: str) -> None:
+    def _check_placed(self, placer: AdapterSets, name: str, train: bool) -> None:
         assert self.model is not None
-        hooks = ("configure_callbacks", "training_step", "adjusted_learning_rate")
-        for hook in hooks if not isinstance(self, type(placer)) else ():
-            owners = [c for c in type(placer).__mro__ if hook in c.__dict__]
-            if owners and issubclass(owners[0], AdapterSets) and owners[0].__dict__.get("method"):
-                raise TypeError(
-                    f"{type(placer).__name__} takes part in the training by its {hook}, which a further adapter cannot "
-                    f"bring along. Name it in the class: class Mine({type(placer).__name__}, ...)."
-                )
+        if train:
+            self.refuse_hooks(placer)
         own = {id(p) for _, adapter in named_adapters(self.model) for _, p in adapter.own_parameters()}
         in_place = [key for key, p in self.model.named_parameters() if id(p) not in own and placer.is_trainable(key, p)]
         if in_place or not all(hub.owned(self.model, kind, name) for kind in placer.kinds()):
             what = f"trains existing weights such as {in_place[0]!r}" if in_place else "does not place under a name"
             kind = type(placer).__name__
             raise TypeError(f"{kind} {what}, so it cannot be the further adapter {name!r}. Use it as the first one.")
+
+    def takes_part(self) -> tuple[str, ...]:
+        """Return the hooks by which this method may take part in the training, beside its adapters."""
+        return "configure_callbacks", "training_step"
+
+    def refuse_hooks(self, placer: AdapterSets) -> None:
+        """See that this module brings what a further set needs while it is trained: a penalty, a callback.
+
+        Raises:
+            TypeError: if it does not.
+        """
+        for hook in placer.takes_part():
+            owner = next((c for c in type(placer).__mro__ if hook in c.__dict__), object)
+            if not isinstance(self, owner):
+                kind = type(placer).__name__
+                raise TypeError(
+                    f"{kind} takes part in the training by its {hook}, which a further adapter cannot bring along. "
+                    f"Make it the first one, class Mine({kind}, ...) or --method, or keep it as it is: train=False."
+                )
 
     def _resolved(self, placers: Sequence[AdapterSets], train: bool) -> dict[str, Any]:
         """Return what rebuilds a set without the folder that it was read from, as plain data."""
@@ -370,7 +315,7 @@ def holds_task(cls: type) -> bool:
     return any(is_task(parent) for parent in cls.__mro__)
 
 
-def _methods(cls: type) -> list[type[AdapterSets]]:
+def stacked(cls: type) -> list[type[AdapterSets]]:
     """Return the methods that a module is made of, outermost first."""
     found: list[type[AdapterSets]] = []
     for parent in cls.__mro__:

@@ -27,8 +27,8 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return `{key: shape}` of a safetensors file without reading its tensors; raises like `load_tensors`."""
     if not path.is_file():
         pickled = path.with_name("adapter_model.bin").is_file()
-        hint = " Only a pickled adapter_model.bin is there; convert it to safetensors first." if pickled else ""
-        raise FileNotFoundError(f"{path} does not exist.{hint}")
+        way = "Only a pickled adapter_model.bin is there; convert it to safetensors first" if pickled else ""
+        raise FileNotFoundError(f"{path} does not exist. {way or 'Copy or save the adapter again'}.")
     try:
         with safe_open(path, "pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

@@ -273,7 +273,9 @@ def test_damaged_checkpoints(ask: Any, verb: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--model.lora.r 4", "(8, 32) in the checkpoint, (4, 32) here. Was it made with another rank"),
+        ("--model.lora.r 4", "lora.r is 4 here and 8 in the checkpoint"),
+        ("--model.lora.alpha 64", "lora.alpha is 64.0 here and 16"),
+        ("--model.lora.use_rslora true", "Set it to False, or check_settings to false if you mean the change."),
         ("--method bitfit", "The checkpoint lacks 14 of the weights that are trained here"),
         ("--model.lora.target_modules [q_proj]", "holds 24 weights that this model lacks"),
         ("--model.backbone other", "made on 'base', and the model here is 'other'"),

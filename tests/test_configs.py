@@ -1,6 +1,7 @@
 """Every shipped YAML is parsed by the real command line, against the real signatures, and sets nothing in vain."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,11 @@ import pytest
 import yaml
 
 from lit_peft.__main__ import main
-from lit_peft.catalogue import METHODS, TASKS
+from lit_peft.catalogue import FACTS, METHODS, TASKS
 from lit_peft.cli.request import CONFIGS
+from lit_peft.cli.shown import learning_rates
+from lit_peft.zoo import compose
+from tests.models import save_tiny
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
@@ -132,3 +136,47 @@ def test_a_wrong_file_would_be_found(
 def test_an_unknown_name_suggests_a_shipped_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "-c", "method/lorra", *JOB]) == 2
     assert "Did you mean method/lora?" in capsys.readouterr().err
+
+
+VARIANTS = [name for name, facts in FACTS.items() if facts.keyword == "lora"]
+
+
+@pytest.mark.parametrize("method", [*VARIANTS, "remora", "mam", "unipelt", "dora+loraplus"])
+def test_what_is_printed_is_what_is_used(method: str, parse: Parse) -> None:
+    printed = parse("--method", method, *JOB)
+    Path("printed.yaml").write_text(yaml.safe_dump(printed))
+    assert parse("--config", "printed.yaml") == printed
+    settings = {key: value for key, value in printed["model"]["init_args"].items() if isinstance(value, dict)}
+    assert settings
+    for given in (printed["model"]["init_args"], {"backbone": "org/some-model"}):
+        module: Any = compose(method, "sft")(**given)
+        assert settings == {key: value for key, value in module.hparams.items() if key in settings}
+
+
+@pytest.mark.parametrize("method", [*METHODS, "lora+bitfit"])
+def test_rates_that_are_printed_are_those_in_use(method: str, tmp_path: Path) -> None:
+    small: dict[str, Any] = {"mora": {"mora": {"r": 2}}, "remora": {"mora": {"r": 2}}}
+    small["compacter"] = {"compacter": {"phm_dim": 2, "reduction_factor": 8}}
+    module: Any = compose(method, "sft")(str(save_tiny("llama", tmp_path / "base")), **small.get(method, {}))
+    module.configure_model()
+    said = set(learning_rates(type(module)).values())
+    raised = {16 * rate for rate in said} if method == "loraplus" else set()
+    assert said | raised == {group["lr"] for group in module.parameter_groups()}
+
+
+def test_what_is_chosen_where_nothing_is_said(parse: Parse, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*arguments: str) -> str:
+        with suppress(SystemExit):
+            main(["fit", *JOB, *arguments, "--print_config"])
+        return capsys.readouterr().out
+
+    found = printed("--method", "qlora")
+    assert "    lr: null  # 0.0002\n" in found
+    assert "    dtype: null  # bfloat16\n" in found
+    assert "    quantize: null  # nf4\n" in found
+    assert "    optim: null  # paged_adamw_32bit on CUDA, else adamw\n" in found
+    assert "    lr: null  # lora 0.0002, bitfit 0.001\n" in printed("--method", "lora+bitfit")
+    assert "      init_lora_weights: pissa_niter_4\n" in printed(
+        "--method", "pissa", "--model.lora.init_lora_weights", "pissa_niter_4"
+    )
+    assert "    lr: 0.01\n" in printed("--model.lr", "0.01")

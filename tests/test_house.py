@@ -22,6 +22,7 @@ ROOMS = {
     "adapter": "selection ops",
     "combining": "",
     "placing": "adapter",
+    "meaning": "adapter",
     "named": "selection adapter combining",
     "weights": "",
     "quantised": "sites",
@@ -47,11 +48,13 @@ ROOMS = {
     "hub": "adapter sites structure targets backbone tensor_files forks",
     "merging": "adapter weights hub backbone rewriting quantised",
     "callbacks": "adapter named weights module hub merging backbone faults rewriting tensor_files",
-    "mixin": "selection adapter named ops module sites structure hub callbacks rewriting weights sets",
+    "mixin": "selection adapter named ops module sites structure hub callbacks rewriting weights sets meaning "
+    "quantised",
     "low_rank": "adapter structure weights gates ops targets selection combining",
     "methods": "adapter placing named sites structure targets weights low_rank hub rewriting mixin module "
     "callbacks ops combining selection sublayers prefixed gates",
-    "sets": "adapter named module hub targets catalogue",
+    "folders": "adapter module hub catalogue",
+    "sets": "adapter named hub targets folders",
     "tasks": "adapter ops module data backbone sites structure",
     "zoo": "methods tasks catalogue module mixin",
     "comparing": "catalogue zoo module backbone faults quiet",

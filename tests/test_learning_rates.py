@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lit_peft import IA3, LoRA, LoRAConfig, LoRAPlus, PiSSA
 from lit_peft.catalogue import FACTS, METHODS
 from lit_peft.zoo import compose
 from tests.models import save_tiny
@@ -76,3 +77,43 @@ def test_a_stack_warns_once(folder: Path) -> None:
     assert len(warned) == 1
     _, warned = groups("lora+bitfit", folder, lr=1.5e-3)  # near both
     assert not warned
+
+
+def test_each_named_set_has_the_rates_of_its_method(folder: Path) -> None:
+    module: Any = compose("lora", "sft")(str(folder), lora={"r": 2})
+    module.add_adapter("raised", LoRAPlus, lora=LoRAConfig(r=2, loraplus_lr_ratio=4))
+    module.add_adapter("principal", PiSSA, lora=LoRAConfig(r=2))
+    module.add_adapter("scaled", IA3)
+    module.configure_model()
+    names = {id(p): n for n, p in module.named_parameters()}
+
+    def rates(**given: float) -> dict[tuple[str, str], set[float]]:
+        found: dict[tuple[str, str], set[float]] = {}
+        for group in module.parameter_groups(**given):
+            for parameter in group["params"]:
+                part, name = names[id(parameter)].split(".")[-2:]
+                found.setdefault((name, part), set()).add(group["lr"])
+        return found
+
+    assert rates() == {
+        ("default", "lora_a"): {2e-4},
+        ("default", "lora_b"): {2e-4},
+        ("raised", "lora_a"): {1e-4},
+        ("raised", "lora_b"): {4e-4},
+        ("principal", "lora_a"): {2e-5},
+        ("principal", "lora_b"): {2e-5},
+        ("scaled", "ia3_l"): {3e-3},
+    }
+    given = rates(lr=1e-3)
+    assert given.pop(("raised", "lora_b")) == {4e-3}
+    assert set().union(*given.values()) == {1e-3}
+
+
+def test_two_ratios(folder: Path) -> None:
+    module: Any = compose("loraplus", "sft")(str(folder), lora={"r": 2, "loraplus_lr_ratio": 8})
+    module.add_adapter("two", lora=LoRAConfig(r=2, loraplus_lr_ratio=2))
+    module.add_adapter("plain", LoRA, lora=LoRAConfig(r=2))
+    module.configure_model()
+    names = {id(p): n.rpartition(".")[2] for n, p in module.named_parameters()}
+    found = {(names[id(p)], g["lr"]) for g in module.parameter_groups(lr=1e-4) for p in g["params"]}
+    assert found == {("default", 1e-4), ("default", 8e-4), ("two", 1e-4), ("two", 2e-4), ("plain", 1e-4)}

@@ -29,6 +29,7 @@ from lit_peft.callbacks import (
 from lit_peft.cli import ending, runs
 from lit_peft.cli.complaints import OneLine, innermost
 from lit_peft.cli.request import Request, read
+from lit_peft.cli.shown import Shown
 from lit_peft.data.rows import Rows
 from lit_peft.faults import RunFailed, stopping
 from lit_peft.module import AdaptableModule
@@ -70,8 +71,8 @@ class PEFTTrainer(Trainer):
         return trained
 
 
-class Parser(OneLine, LightningArgumentParser):
-    """Lightning's parser with readable complaints."""
+class Parser(Shown, OneLine, LightningArgumentParser):
+    """Lightning's parser with readable complaints, and a `--print_config` that shows what will be used."""
 
 
 class SaveRunConfig(SaveConfigCallback):

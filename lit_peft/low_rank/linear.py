@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lit_peft.adapter import Adapter, innermost
+from lit_peft.adapter import innermost
 from lit_peft.combining import low_rank
+from lit_peft.low_rank.additive import AdditiveLinear
 from lit_peft.ops.low_rank import low_rank_update
 from lit_peft.structure import widths
 from lit_peft.targets import find
-from lit_peft.weights import fold
 
 if TYPE_CHECKING:
     from lit_peft.methods.lora import LoRAConfig
 
 
-class LoRALinear(Adapter):
+class LoRALinear(AdditiveLinear):
     """Adds s B A dropout(x) to a linear layer's output.
 
     `base` is an `nn.Linear`, a quantised linear, or GPT-2's `Conv1D` (which stores W transposed). Inputs are
@@ -121,14 +121,6 @@ class LoRALinear(Adapter):
         alpha = math.sqrt(r) if configs[0].use_rslora else float(r)
         plain: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}, "init_lora_weights": "loaded"}
         return replace(configs[0], r=r, alpha=alpha, **plain), {"lora_A.weight": a, "lora_B.weight": b}
-
-    def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
-        """Fold s B A into W: added in float32, rounded once to the base's dtype."""
-        with torch.no_grad():
-            for name in self.active() if names is None else names:
-                if name in self.configs:
-                    fold(self.base, self.delta(name))
-        return self.base
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return A and B under HF PEFT's names."""

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lit_peft.adapter import Adapter, innermost
+from lit_peft.adapter import innermost
+from lit_peft.low_rank.additive import AdditiveLinear
 from lit_peft.ops.low_rank import low_rank_update
 from lit_peft.structure import widths
-from lit_peft.weights import fold
 
 if TYPE_CHECKING:
     from lit_peft.methods.adalora import AdaLoRAConfig
 
 
-class AdaLoRALinear(Adapter):
+class AdaLoRALinear(AdditiveLinear):
     """Adds s P (lambda * (Q dropout(x))) to a linear layer's output.
 
     `base` is an `nn.Linear`, a quantised linear, or GPT-2's `Conv1D`. Parameters are float32 whatever the base is, and
@@ -74,19 +74,16 @@ class AdaLoRALinear(Adapter):
         delta: Tensor = self.configs[name].scale * ((p.float() * scale.float()) @ q.float())
         return delta
 
-    def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
-        """Fold s P diag(lambda) Q into W: added in float32, rounded once to the base's dtype."""
-        with torch.no_grad():
-            for name in self.active() if names is None else names:
-                if name in self.configs:
-                    fold(self.base, self.delta(name))
-        return self.base
-
     # Ranks -----------------------------------------------------------------------------------------------------------
 
     def triplets(self, name: str) -> tuple[tuple[nn.Parameter, int], ...]:
         """Return lambda, P and Q, each with the dimension along which the triplets lie."""
         return (self.adalora_lambda[name], 0), (self.adalora_p[name], 1), (self.adalora_q[name], 0)
+
+    def target(self, name: str) -> int:
+        """Return the mean rank that a named set is to have in the end."""
+        target_r: int = self.configs[name].target_r
+        return target_r
 
     def resize(self, name: str, rank: int) -> None:
         """Make room for another rank; the values are lost. Parameters stay the same objects."""

@@ -83,10 +83,11 @@ class AdaLoRAConfig:
     default_lr: ClassVar[float] = 1e-3
 
     def __post_init__(self) -> None:
-        if self.init_r < 1:
-            raise ValueError(f"adalora.init_r is {self.init_r}; the rank must be 1 or more.")
-        if not 1 <= self.target_r <= self.init_r:
-            raise ValueError(f"adalora.target_r is {self.target_r}; it must be from 1 to init_r, {self.init_r}.")
+        if type(self.init_r) is not int or self.init_r < 1:
+            raise ValueError(f"adalora.init_r is {self.init_r}; the rank must be a whole number, 1 or more.")
+        if type(self.target_r) is not int or not 1 <= self.target_r <= self.init_r:
+            kind = "" if type(self.target_r) is int else "a whole number "
+            raise ValueError(f"adalora.target_r is {self.target_r}; it must be {kind}from 1 to init_r, {self.init_r}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"adalora.dropout is {self.dropout}; it must be at least 0 and below 1.")
         if not 0 < self.alpha < math.inf:
@@ -106,8 +107,8 @@ class AdaLoRAConfig:
         return self.alpha / self.init_r
 
     def allocator(self) -> RankAllocator:
-        """Return the callback that shares out the ranks."""
-        names = ("target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "shrink")
+        """Return the callback that shares out the ranks; each named set has its own target_r."""
+        names = ("tinit", "tfinal", "deltaT", "beta1", "beta2", "shrink")
         return RankAllocator(**{name: getattr(self, name) for name in names})
 
     def to_peft(self) -> dict[str, Any]:
@@ -153,6 +154,9 @@ def _nearly(value: float) -> float:
 
 class AdaLoRA(PEFT):
     """AdaLoRA on the task's model: low-rank updates that share one budget of ranks.
+
+    A further named set has ranks, scale and targets of its own, and a budget of its own. Penalty and schedule belong to
+    the run: they are those of the first set.
 
     Args:
         adalora: ranks, scale, targets, penalty and schedule.
@@ -251,7 +255,8 @@ class AdaLoRA(PEFT):
         """Take on the ranks of the file, cut or not."""
         state = checkpoint.get("state_dict", {})
         kept = checkpoint.get("lit_peft", {}).get("kept_rows", {})
-        for path, adapter in self._placed_adapters() if self.model is not None else ():
+        fits = self.model is not None and not self.changed_settings(checkpoint)
+        for path, adapter in self._placed_adapters() if fits else ():
             for name, config in adapter.configs.items():
                 stored = state.get(f"model.{path}.adalora_lambda.{name}")
                 if stored is not None and len(adapter.adalora_lambda[name]) != len(stored) <= config.init_r:

@@ -314,6 +314,10 @@ class Bottlenecks(PEFT):
         generator = torch.Generator().manual_seed(self.global_step if self._trainer is not None else 0)
         return int(torch.randint(0, self.depth, (1,), generator=generator))
 
+    def takes_part(self) -> tuple[str, ...]:
+        """Return the hook that leaves adapters out, where that is asked."""
+        return ("training_step",) if self.bottleneck.random_drop else ()
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task's step, with a random number of the first layers' adapters left out where that is asked."""
         if not self.drops_at_random:

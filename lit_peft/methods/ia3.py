@@ -217,6 +217,22 @@ class IA3Linear(Adapter):
         factors = self.factors(name).detach()
         return {"ia3_l": factors[None, :] if self.configs[name].feedforward else factors[:, None]}
 
+    def shapes(self, tensors: Mapping[str, Tensor], name: str = "default") -> dict[str, tuple[int, ...]]:
+        """Return the shape of l; see that the file scales the side of this layer that is scaled here.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        mine, theirs = super().shapes(tensors, name), tensors.get("ia3_l")
+        inner = self.configs[name].feedforward
+        if theirs is not None and max(theirs.shape) > 1 and (theirs.shape[0] == 1) != inner:
+            sides = ("input", "output") if inner else ("output", "input")
+            raise ValueError(
+                f"The adapter scales this layer's {sides[1]}, and here its {sides[0]} is scaled. Set "
+                "ia3.feedforward_modules as in its adapter_config.json, or start from the folder: adapter=FOLDER."
+            )
+        return mine
+
     def load_tensors(self, tensors: Mapping[str, Tensor], name: str = "default") -> None:
         """Copy l into one named set.
 

@@ -80,6 +80,11 @@ class LoRA(PEFT):
         self.lora = self.configured(LoRAConfig, "lora", lora, **self.fixed(lora))
 
     @classmethod
+    def fixes(cls, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        """Return what this variant fixes in its settings."""
+        return {**super().fixes(given), "lora": cls.fixed(given.get("lora", {}))}
+
+    @classmethod
     def fixed(cls, given: LoRAConfig | Mapping[str, Any]) -> Mapping[str, Any]:
         """Return what this variant fixes in a given configuration: nothing in one that came with its weights."""
         start = given.get("init_lora_weights") if isinstance(given, Mapping) else given.init_lora_weights
@@ -150,6 +155,13 @@ class LoRA(PEFT):
         if config.get("peft_type") == "LORA":
             assert self.model is not None
             plain = LoRAConfig.from_peft(config)  # refuses what is no plain LoRA before its layers are looked at
+            fixed = self.fixed({})
+            other = next((key for key in ("use_dora", "use_rslora") if fixed.get(key, False) > getattr(plain, key)), "")
+            if other:
+                raise ValueError(
+                    f"The adapter was made with {other}=false, and {self.method} is LoRA with it. Use --method lora, "
+                    "which takes on all that the folder says, or start without the adapter."
+                )
             modules = [bare(path) for path, _ in self.model.named_modules()]
             targets = stored_targets(config, LEAVES, modules)
             layers = {path: plain.at(path) for path in stored_layers(config, LEAVES)}

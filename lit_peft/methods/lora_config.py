@@ -21,6 +21,7 @@ PLAIN = frozenset(
     f"rank_pattern alpha_pattern bias {KEYS} {OWN}".split()
 )
 # Values of init_lora_weights that do not change the base; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA do.
+STARTS = ("default", "gaussian", "orthogonal", "pissa", "olora", "eva", "loaded")
 KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 # What each adapted layer has in a file: linear layers and convolutions, embeddings.
 
@@ -92,6 +93,11 @@ class LoRAConfig:
             _check_alpha(f"lora.alpha_pattern[{pattern!r}]", alpha)
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f"lora.bias is {self.bias!r}; it must be 'none', 'all' or 'lora_only'.")
+        if self.init_lora_weights not in STARTS and not residual.FAST.fullmatch(str(self.init_lora_weights)):
+            raise ValueError(
+                f"lora.init_lora_weights is {self.init_lora_weights!r}; it must be one of {', '.join(STARTS)}, "
+                "pissa_niter_4, pissa_niter_16."
+            )
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"lora.modules_to_save is {self.modules_to_save!r}; it must be a list of names.")
         if self.enable_lora is not None:
@@ -212,8 +218,9 @@ class LoRAConfig:
 
 
 def _check_rank(what: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{what} is {value}; the rank must be 1 or more.")
+    if type(value) is not int or value < 1:  # True is an int too
+        kind = "" if type(value) is int else ", a whole number"
+        raise ValueError(f"{what} is {value}; the rank must be 1 or more{kind}.")
 
 
 def _check_pattern(what: str, pattern: str) -> None:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from lit_peft.adapter import Adapter, innermost
+from lit_peft.adapter import innermost
 from lit_peft.methods.lora import LoRA
 
 
@@ -14,7 +14,8 @@ class LoRAPlus(LoRA):
     """LoRA with B, and what has one dimension, at `lora.loraplus_lr_ratio` times the learning rate of A.
 
     Heads' matrices learn as A does; adapted embeddings at `lora.loraplus_lr_embedding`. A module with an optimizer of
-    its own asks for the groups: `torch.optim.AdamW(self.parameter_groups(lr=1e-4))`.
+    its own asks for the groups: `torch.optim.AdamW(self.parameter_groups(lr=1e-4))`. A further named set has a ratio of
+    its own: `module.add_adapter("two", LoRAPlus, lora=LoRAConfig(loraplus_lr_ratio=4))`.
 
     Example:
         >>> from lit_peft import LoRAPlus, SFT
@@ -27,7 +28,7 @@ class LoRAPlus(LoRA):
     def adjusted_learning_rate(self, name: str, parameter: nn.Parameter, lr: float) -> float:
         """Return `lr` times the ratio for B and vectors, the embeddings' own rate for theirs."""
         lr = super().adjusted_learning_rate(name, parameter, lr)
-        owner = self._owner(name)
+        owner, _ = self.owner(name)
         if owner is not None and isinstance(innermost(owner), nn.Embedding):
             return self.lora.loraplus_lr_embedding
         low_rank = owner is not None and ".lora_" in name
@@ -37,12 +38,3 @@ class LoRAPlus(LoRA):
             vector = owner is None and (self.given_lr is not None or self.learning_rate(name, parameter) is None)
         raised = vector or (low_rank and ".lora_b" in name)
         return lr * self.lora.loraplus_lr_ratio if raised else lr
-
-    def _owner(self, name: str) -> Adapter | None:
-        path, _, _ = name.rpartition(".")
-        while path and self.model is not None:
-            module = self.model.get_submodule(path)
-            if isinstance(module, Adapter):  # what lies in its base is not its own
-                return None if name.startswith(f"{path}.base.") else module
-            path, _, _ = path.rpartition(".")
-        return None

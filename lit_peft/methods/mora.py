@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_peft.adapter import Adapter, innermost
+from lit_peft.adapter import innermost
 from lit_peft.low_rank import square
+from lit_peft.low_rank.additive import AdditiveLinear
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
 from lit_peft.sites import match, widths
 from lit_peft.targets import KEYS, stored_targets
-from lit_peft.weights import fold, whole
+from lit_peft.weights import whole
 
 VERSION = 1  # of the layout of LIT_MORA and LIT_REMORA folders
 # The settings of the fork's files that are read here, or change nothing; any other must be off.
@@ -63,7 +64,7 @@ class MoRAConfig:
     default_lr: ClassVar[float] = 3e-4
 
     def __post_init__(self) -> None:
-        if self.r < 1 or self.r != int(self.r):
+        if type(self.r) is not int or self.r < 1:
             raise ValueError(f"mora.r is {self.r}; it must be a whole number of 1 or more.")
         if self.mora_type not in square.TYPES:
             raise ValueError(f"mora.mora_type is {self.mora_type}; it must be one of 1, 2, 3, 4, 6.")
@@ -133,7 +134,7 @@ class MoRAConfig:
         )
 
 
-class MoRALinear(Adapter):
+class MoRALinear(AdditiveLinear):
     """Adds widen(M narrow(dropout(x))) to a linear layer's output.
 
     `base` is an `nn.Linear`, a quantised linear, or GPT-2's `Conv1D`. Inputs are (..., in), outputs (..., out). M is
@@ -182,14 +183,6 @@ class MoRALinear(Adapter):
         """Return the change of the weight, (out, in), in float32, gathered where M is sharded."""
         wide, tall = widths(innermost(self.base))
         return square.delta(whole(self.mora_m[name].detach()).float(), wide, tall, self.kind(name))
-
-    def merge(self, names: tuple[str, ...] | None = None) -> nn.Module:
-        """Fold the change into W: added in float32, rounded once to the base's dtype."""
-        with torch.no_grad():
-            for name in self.active() if names is None else names:
-                if name in self.configs:
-                    fold(self.base, self.delta(name))
-        return self.base
 
     def check_config(self, path: str, config: Mapping[str, Any], name: str = "default") -> None:
         """See that the folder's type is the one in use here: the same numbers mean another update under another type.

@@ -154,7 +154,8 @@ class ReLoRA(Restarting, LoRA):
 
     def __init__(self, *args: Any, lora: LoRAConfig = LoRAConfig(), **kwargs: Any) -> None:
         super().__init__(*args, lora=lora, **kwargs)
-        if self.lora.use_dora or self.lora.init_lora_weights in ("pissa", "olora", "eva") or self.lora.enable_lora:
+        drawn = self.lora.init_lora_weights in ("default", "gaussian", "orthogonal", "loaded")
+        if self.lora.use_dora or not drawn or self.lora.enable_lora:
             raise ValueError(
                 "ReLoRA restarts plain LoRA only. Leave out lora.use_dora, lora.enable_lora, and init_lora_weights "
                 "other than default, gaussian or orthogonal."

@@ -8,6 +8,8 @@ has a higher rank. The restarts are the callback `AdapterRestart`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -68,8 +70,14 @@ class ReMoRA(Restarting, MoRA):
 
     def __init__(self, *args: Any, mora: MoRAConfig = MoRAConfig(), **kwargs: Any) -> None:
         super().__init__(*args, mora=mora, **kwargs)
-        cycle = self.mora.cycle or CYCLE
-        self.mora = self.configured(MoRAConfig, "mora", self.mora, cycle=cycle, mora_type=cycle[0])
+        fixed = self.fixes({"mora": asdict(self.mora)})["mora"]
+        self.mora = self.configured(MoRAConfig, "mora", self.mora, **fixed)
+
+    @classmethod
+    def fixes(cls, given: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+        """Return the cycle, and the type that it starts with."""
+        cycle = given.get("mora", {}).get("cycle") or CYCLE
+        return {**super().fixes(given), "mora": {"cycle": cycle, "mora_type": cycle[0]}}
 
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar, cast
 
@@ -89,14 +90,27 @@ def encode(weight: Tensor, double_quant: bool = True) -> Tensor:
         quant_type="nf4",
         compress_statistics=double_quant,
     )
-    parts = _parts(weight.shape[0], weight.shape[1], double_quant)
-    packed = torch.zeros(parts[2].stop, dtype=torch.uint8, device=weight.device)
-    packed[parts[0]] = levels.flatten()
-    if double_quant:
-        packed[parts[1]] = state.absmax
-        packed[parts[2]] = torch.cat([state.state2.absmax, state.offset.view(1)]).float().view(torch.uint8)
-    else:
-        packed[parts[2]] = state.absmax.float().view(torch.uint8)
+    if not double_quant:
+        return packed_parts(weight.shape, levels.flatten(), None, state.absmax.float())
+    scales = torch.cat([state.state2.absmax, state.offset.view(1)]).float()
+    return packed_parts(weight.shape, levels.flatten(), state.absmax, scales)
+
+
+def packed_parts(shape: Sequence[int], levels: Tensor, small: Tensor | None, scales: Tensor) -> Tensor:
+    """Return the bytes of a weight (out, in), (n,), from its parts.
+
+    Args:
+        shape: (out, in).
+        levels: two a byte, uint8.
+        small: the 8-bit c of the blocks, uint8; None where they are not quantised.
+        scales: float32: of the groups of c, and their mean; or the c themselves.
+    """
+    parts = _parts(shape[0], shape[1], small is not None)
+    packed = torch.zeros(parts[2].stop, dtype=torch.uint8, device=levels.device)
+    packed[parts[0]] = levels
+    if small is not None:
+        packed[parts[1]] = small
+    packed[parts[2]] = scales.view(torch.uint8)
     return packed
 
 
@@ -168,12 +182,39 @@ class NF4Linear(nn.Linear):
         double_quant: bool = True,
         transposed: bool = False,
     ) -> None:
+        self._fill(encode(weight.detach(), double_quant), weight.shape, weight.dtype, bias, double_quant, transposed)
+
+    @classmethod
+    def of(
+        cls,
+        packed: Tensor,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        bias: nn.Parameter | None = None,
+        *,
+        double_quant: bool = True,
+        transposed: bool = False,
+    ) -> NF4Linear:
+        """Return the layer of a weight (out, in) that is encoded already; see `encode`."""
+        layer = cls.__new__(cls)
+        layer._fill(packed, shape, dtype, bias, double_quant, transposed)
+        return layer
+
+    def _fill(
+        self,
+        packed: Tensor,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        bias: nn.Parameter | None,
+        double_quant: bool,
+        transposed: bool,
+    ) -> None:
         nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = shape
         self.double_quant = double_quant
         self.transposed = transposed
-        self.dtype = weight.dtype
-        self.packed = nn.Parameter(encode(weight.detach(), double_quant), requires_grad=False)
+        self.dtype = dtype
+        self.packed = nn.Parameter(packed, requires_grad=False)
         self.register_parameter("bias", bias)
 
     @property
