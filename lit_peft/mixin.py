@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lit_peft import hub, rewriting
+from lit_peft import blocks, hub, rewriting
 from lit_peft.adapter import Adapter, adapter_names, merge, named_adapters, scope_of
 from lit_peft.callbacks.adapter_freeze import AdapterFreeze
 from lit_peft.callbacks.base import AdapterCallback
@@ -42,7 +42,8 @@ class PEFT(AdapterSets):
         check_base: refuse an adapter that was made on another base model.
         named: further adapters by name, each with what `add_adapter` takes: the methods' settings, or
             `adapter: FOLDER`; and `train: false` to keep it as it is.
-        active: names of the adapters that act together, in this order; None: the first one, `default`.
+        active: names of the adapters that act together, in this order, or blocks of them (`stack: [a, b]`, `average:
+            [a, b]`, `fuse: [a, b]`); None: the first one, `default`.
     """
 
     config_types: ClassVar[dict[str, type[Any]]] = {}  # settings with other defaults, where a method composes others
@@ -204,7 +205,10 @@ class PEFT(AdapterSets):
             meta["restarts"] = restarts
         if self._placed and self.model is not None:
             scope = scope_of(self.model)
-            meta["adapters"] = {"active": list(scope.active), "trained": scope.trained and list(scope.trained)}
+            meta["adapters"] = {
+                "active": [blocks.plain(entry) for entry in scope.active],
+                "trained": scope.trained and list(scope.trained),
+            }
         meta["class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -255,7 +259,7 @@ class PEFT(AdapterSets):
         """Let the adapters act and train as in the run that wrote a checkpoint."""
         assert self.model is not None
         if noted and adapter_names(self.model):
-            activate(self.model, *noted["active"])
+            activate(self.model, *[blocks.read(entry) for entry in noted["active"]])
             if noted["trained"] is not None:
                 train_adapters(self.model, *noted["trained"])
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lit_peft import hub, named
+from lit_peft import blocks, hub, named
 from lit_peft.adapter import Adapter, adapter_names, check_name, named_adapters, scope_of
 from lit_peft.catalogue import FACTS
 from lit_peft.module import AdaptableModule
@@ -31,7 +31,8 @@ class AdapterSets(AdaptableModule):
         check_base: refuse an adapter that was made on another base model.
         named: further adapters by name, each with what `add_adapter` takes: the methods' settings, or
             `adapter: FOLDER`; and `train: false` to keep it as it is.
-        active: names of the adapters that act together, in this order; None: the first one, `default`.
+        active: names of the adapters that act together, in this order, or blocks of them (`stack: [a, b]`, `average:
+            [a, b]`, `fuse: [a, b]`); None: the first one, `default`.
     """
 
     method: ClassVar[str] = ""
@@ -45,7 +46,7 @@ class AdapterSets(AdaptableModule):
         adapter: str | None = None,
         check_base: bool = True,
         named: dict[str, dict[str, Any]] | None = None,
-        active: list[str] | None = None,
+        active: list[str | dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -199,10 +200,11 @@ class AdapterSets(AdaptableModule):
         """Place the adapters that `named` lists; called once, when the first one stands."""
         for name, entry in self.named.items():
             check_name(name)
-            self._place(name, entry)
+            if name not in self._sets:  # a fusion has placed what it fuses
+                self._place(name, entry)
         if self.active is not None:
             assert self.model is not None
-            named.activate(self.model, *self.active)
+            named.activate(self.model, *[blocks.read(entry) for entry in self.active])
 
     def delete_adapter(self, name: str) -> None:
         """Remove one named adapter.

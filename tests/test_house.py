@@ -18,11 +18,13 @@ PYTHON_FILES = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 
 # room -> the rooms it may import (and always itself). A room is a file or a folder directly in lit_peft.
 ROOMS = {
-    "selection": "",
-    "adapter": "selection",
+    "blocks": "",
+    "selection": "blocks",
+    "choosing": "blocks selection",
+    "adapter": "choosing selection",
     "combining": "",
     "placing": "adapter",
-    "named": "selection adapter combining",
+    "named": "selection adapter combining blocks",
     "weights": "",
     "quantised": "sites",
     "structure": "",
@@ -47,11 +49,11 @@ ROOMS = {
     "hub": "adapter sites structure targets backbone tensor_files forks",
     "merging": "adapter weights hub backbone rewriting quantised",
     "callbacks": "adapter named weights module hub merging backbone faults rewriting tensor_files",
-    "mixin": "selection adapter named module sites structure hub callbacks rewriting weights sets",
-    "low_rank": "adapter structure weights gates ops targets selection combining",
+    "mixin": "blocks selection adapter named module sites structure hub callbacks rewriting weights sets",
+    "low_rank": "adapter blocks structure weights gates ops targets selection combining",
     "methods": "adapter placing named sites structure targets weights low_rank hub rewriting mixin module "
-    "callbacks ops combining selection sublayers prefixed gates",
-    "sets": "adapter named module hub targets catalogue",
+    "callbacks ops combining selection sublayers prefixed gates blocks",
+    "sets": "blocks adapter named module hub targets catalogue",
     "tasks": "adapter module data backbone sites structure",
     "zoo": "methods tasks catalogue module mixin",
     "comparing": "catalogue zoo module backbone faults quiet",
