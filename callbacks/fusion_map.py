@@ -71,6 +71,13 @@ class FusionMap(Callback):
         """Start the validation's sums anew."""
         self._sums["val"] = {}
 
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log `val_fusion_NAME`, the mean over all tokens of all processes and over the layers."""
+        for fusion, layers in self.shares(trainer).items() if self._sums["val"] else ():
+            for number, name in enumerate(self.names[fusion]):
+                share = sum(found[number] for found in layers.values()) / len(layers)
+                pl_module.log(metric("val", fusion, name), share)
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw."""
         for fusion, layers in self.shares(trainer).items():
@@ -79,6 +86,16 @@ class FusionMap(Callback):
                 path = (self.folder or Path(trainer.default_root_dir)) / name
                 title = "Mean attention of each layer on each adapter"
                 rank_zero_info(f"{title}: {draw(path, title, self.names[fusion], layers)}")
+
+
+def metric(stage: str, fusion: str, name: str) -> str:
+    """Return what one adapter's share of the attention is logged as.
+
+    Example:
+        >>> metric("val", "default", "news")
+        'val_fusion_news'
+    """
+    return f"{stage}_fusion_{name}" if fusion == "default" else f"{stage}_fusion_{fusion}_{name}"
 
 
 def draw(path: Path, title: str, names: Sequence[str], layers: Mapping[str, Sequence[float]]) -> Path:

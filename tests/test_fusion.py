@@ -21,7 +21,7 @@ from lit_peft.methods.bottleneck import (
     BottleneckInNorm,
 )
 from lit_peft.methods.fusion import by_name
-from lit_peft.methods.fusion_site import FusionBottleneck, FusionConfig
+from lit_peft.methods.fusion_site import FusionBottleneck, FusionConfig, watched
 from lit_peft.selection import choose
 from lit_peft.zoo import compose
 from tests.models import save_tiny
@@ -96,8 +96,6 @@ def test_the_papers_formula_behind_beside_and_in_a_norm() -> None:
 
 
 def test_equal_adapters_under_the_identity_are_that_adapter_and_weights_sum_to_one() -> None:
-    from lit_peft.methods.fusion_site import watched
-
     torch.manual_seed(0)
     site = FusionBottleneck(nn.Linear(8, 8), FusionConfig(adapters=["a", "b", "c"], hidden_size=8)).double()
     h, out = torch.randn(2, 3, 8).double(), torch.randn(2, 3, 8).double()
@@ -173,7 +171,8 @@ def test_two_stages_from_folders_saved_and_loaded(llama: Path, trained: dict[str
 def test_folders_get_names(tmp_path: Path, llama: Path, trained: dict[str, str]) -> None:
     assert by_name(list(trained.values()), []) == trained
     module = stage_two(llama, list(trained.values()))
-    assert next(a for _, a in named_adapters(module.model) if isinstance(a, FusionBottleneck)).configs["default"].names == NAMES
+    site = next(adapter for _, adapter in named_adapters(module.model) if isinstance(adapter, FusionBottleneck))
+    assert site.configs["default"].names == NAMES
 
 
 def test_rows_bases_and_blocks(llama: Path, trained: dict[str, str]) -> None:
@@ -232,10 +231,7 @@ def test_metrics_the_picture_and_the_penalty(llama: Path, trained: dict[str, str
 def test_the_right_adapter_gets_the_attention(tmp_path: Path) -> None:
     """Two tasks, told apart by the token: the adapter of each is found, over eight parts in ten."""
     torch.manual_seed(0)
-    adapter = Bottleneck(nn.Identity(), BottleneckConfig(bottleneck_size=8, hidden_size=8), "a") if False else None
-    del adapter
-    base = nn.Linear(8, 8)
-    adapter = filled(Bottleneck, base)
+    adapter = filled(Bottleneck, nn.Linear(8, 8))
     site = adapter.base
     with torch.no_grad():
         nn.init.normal_(site.fusion_query["default"], std=0.02)
@@ -245,14 +241,13 @@ def test_the_right_adapter_gets_the_attention(tmp_path: Path) -> None:
     tokens[0, :, 0] += 2
     tokens[1, :, 0] -= 2
     with torch.no_grad():
-        wanted = torch.stack([adapter.base.base(tokens)[i] + branch(adapter, n, adapter.base.base(tokens)[i]) for i, n in enumerate(NAMES)])
+        y = adapter.base.base(tokens)
+        wanted = torch.stack([y[i] + branch(adapter, name, y[i]) for i, name in enumerate(NAMES)])
     optimizer = torch.optim.Adam([site.fusion_query["default"], site.fusion_key["default"]], lr=0.02)
     for _ in range(150):
         optimizer.zero_grad()
         (adapter(tokens) - wanted).square().mean().backward()
         optimizer.step()
-    from lit_peft.methods.fusion_site import watched
-
     for i in range(2):
         with watched(None) as seen, torch.no_grad():
             adapter(tokens[i : i + 1])
@@ -331,7 +326,7 @@ def test_what_cannot_be_fused(
 
 
 def test_bad_penalty() -> None:
-    with pytest.raises(ValueError, match="fusion.penalty is -1"):
+    with pytest.raises(ValueError, match=r"fusion\.penalty is -1"):
         FusionConfig(penalty=-1)
 
 

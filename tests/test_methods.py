@@ -27,6 +27,7 @@ from tests.counts import (
     bottlenecks,
     compacter,
     edits,
+    fusions,
     ia3_count,
     last_layer,
     lora_count,
@@ -59,6 +60,13 @@ class Case:
 
 SHORT = {"num_virtual_tokens": 3, "encoder_hidden_size": 8}
 NARROW = {"bottleneck_size": 4}
+FUSED = {
+    name: {
+        "methods": ["lit_peft.methods.pfeiffer.Pfeiffer"],
+        "bottleneck": {"bottleneck_size": 4, "init": "houlsby", "scale": 3000.0},
+    }
+    for name in ("a", "b")
+}
 
 CASES = [
     Case("houlsby", bottlenecks(2, 3), {"bottleneck": {"bottleneck_size": 3}}, merges=False, identity=False),
@@ -87,6 +95,8 @@ CASES = [
         identity=False,
     ),
     Case("unipelt", unipelt, {"lora": {"r": 2}, "prefix": SHORT, "bottleneck": NARROW}, merges=False, identity=False),
+    # the scale: far enough from zero that gradients are no rounding errors
+    Case("fusion", fusions, {"named": FUSED, "fusion": {"adapters": ["a", "b"]}}, merges=False, identity=False),
     Case("loreft", edits(2), {"reft": {"r": 2, "first": 1, "last": 2}}, merges=False),
     Case("direft", edits(2), {"reft": {"r": 2, "first": 1, "last": 2}}, merges=False),
     Case("lora", lora_count(4), {"lora": {"r": 4}}),

@@ -1,7 +1,7 @@
 """AdapterFusion (Pfeiffer et al. 2021, https://arxiv.org/abs/2005.00247): attention over trained adapters.
 
-The second of two stages. In the first, bottleneck adapters are trained one by one, each on its task (`--method pfeiffer`).
-Here they are frozen, and each layer learns which of them to use for which token:
+The second of two stages. In the first, bottleneck adapters are trained one by one, each on its own task
+(`--method pfeiffer`). Here they are frozen, and each layer learns which of them to use for which token:
 
     s_n = softmax_n((Q h) . (K f_n(h))),    f(h) = V sum_n s_n f_n(h),    loss + penalty * sum ||V - I||^2
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lit_peft import hub
 from lit_peft.adapter import adapter_names, named_adapters, scope_of
-from lit_peft.callbacks.fusion_map import FusionMap
+from lit_peft.callbacks.fusion_map import FusionMap, metric
 from lit_peft.methods.bottleneck import Bottleneck, Bottlenecks
 from lit_peft.methods.fusion_site import Attention, FusionBottleneck, FusionConfig, watched
 from lit_peft.methods.houlsby import Houlsby
@@ -118,7 +118,7 @@ class AdapterFusion(PEFT):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Add the penalty on V to the loss that the task returns, and log the attention."""
         self.counted = None
-        with watched(self._padding(args)) as seen:
+        with watched(self._counting(args)) as seen:
             output = super().training_step(*args, **kwargs)
         self._note_attention(seen, "train")
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -136,8 +136,8 @@ class AdapterFusion(PEFT):
         return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the task's step, and log the attention."""
-        with watched(self._padding(args)) as seen:
+        """Run the task's step, and hand the attention to `FusionMap`, which logs it."""
+        with watched(self._counting(args)) as seen:
             output = super().validation_step(*args, **kwargs)
         self._note_attention(seen, "val")
         return output
@@ -154,14 +154,23 @@ class AdapterFusion(PEFT):
         assert self.model is not None
         return [(path, found) for path, found in named_adapters(self.model) if isinstance(found, FusionBottleneck)]
 
-    def _padding(self, args: tuple[Any, ...]) -> Tensor | None:
+    def _counting(self, args: tuple[Any, ...]) -> Tensor | None:
+        """Return which tokens of a batch count: no padding, and no rows that only fill a batch up (without labels)."""
         batch = args[0] if args else None
-        both = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)  # one mask, two lengths
-        found = batch.get("attention_mask") if isinstance(batch, Mapping) and not both else None
-        return found if isinstance(found, Tensor) else None
+        if not isinstance(batch, Mapping):
+            return None
+        padding, labels, mask = batch.get("attention_mask"), batch.get("labels"), None
+        # an encoder and its decoder have texts of two lengths: there all tokens of a row count
+        both = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        if isinstance(padding, Tensor) and padding.ndim == 2 and not both:
+            mask = padding != 0
+        if isinstance(labels, Tensor) and not labels.is_floating_point():
+            real = (labels.flatten(1) != -100).any(1, keepdim=True) if labels.ndim > 1 else labels[:, None] != -100
+            mask = real if mask is None else mask & real
+        return mask
 
     def _note_attention(self, seen: Attention, stage: str) -> None:
-        """Hand the attention of one step to the Trainer's metrics and pictures."""
+        """Log the attention of one training step, and hand that of any step to the pictures."""
         if self._trainer is None or not seen.found:
             return
         shares: dict[str, list[Tensor]] = {}
@@ -172,11 +181,9 @@ class AdapterFusion(PEFT):
                     total, count = seen.found[id(site), name]
                     layers.setdefault(name, {})[path] = (total, count)
                     for other, share in zip(config.names, total / count.clamp(min=1), strict=True):
-                        key = other if name == "default" else f"{name}_{other}"
-                        shares.setdefault(f"{stage}_fusion_{key}", []).append(share)
-        # `batch_size`: without it Lightning guesses, with a warning
-        means = {key: torch.stack(found).mean() for key, found in shares.items()}
-        self.log_dict(means, batch_size=1, sync_dist=stage == "val")
+                        shares.setdefault(metric(stage, name, other), []).append(share)
+        if stage == "train":
+            self.log_dict({key: torch.stack(found).mean() for key, found in shares.items()})
         for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, FusionMap):
                 for name, found in layers.items():

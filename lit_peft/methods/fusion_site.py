@@ -57,7 +57,7 @@ class Attention:
     """Collects how much attention each adapter gets: sums over tokens, by layer and named set.
 
     Attributes:
-        mask: (batch, length), nonzero where tokens count; None: all do.
+        mask: (batch, length), true where tokens count; a column (batch, 1) speaks of whole rows; None: all do.
         found: `{(id of the layer's adapter, name of the set): (sum of weights (n,), number of tokens)}`.
     """
 
@@ -68,9 +68,11 @@ class Attention:
         """Add the weights (batch, ..., n) of one call, which are those of some rows of the batch."""
         mask = self.mask if self.mask is None or rows is None else self.mask[rows]
         weights = weights.detach().float()
-        if mask is None or mask.shape != weights.shape[:-1]:
+        if mask is None or len(mask) != len(weights):  # such as tokens that a mixture has sorted
             mask = weights.new_ones(weights.shape[:-1])
-        mask = (mask != 0).float()
+        elif mask.shape != weights.shape[:-1]:
+            mask = mask.any(-1, keepdim=True).expand(weights.shape[:-1])
+        mask = mask.float()
         total, count = self.found.get(key, (0.0, 0.0))
         self.found[key] = total + (weights * mask[..., None]).flatten(0, -2).sum(0), count + mask.sum()
 
