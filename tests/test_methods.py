@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -38,6 +38,7 @@ from tests.counts import (
     svd_count,
     unipelt,
 )
+from tests.distributed.worker import SETTINGS
 from tests.models import IM_END, VOCAB, save_tiny
 
 
@@ -60,13 +61,6 @@ class Case:
 
 SHORT = {"num_virtual_tokens": 3, "encoder_hidden_size": 8}
 NARROW = {"bottleneck_size": 4}
-FUSED = {
-    name: {
-        "methods": ["lit_peft.methods.pfeiffer.Pfeiffer"],
-        "bottleneck": {"bottleneck_size": 4, "init": "houlsby", "scale": 3000.0},
-    }
-    for name in ("a", "b")
-}
 
 CASES = [
     Case("houlsby", bottlenecks(2, 3), {"bottleneck": {"bottleneck_size": 3}}, merges=False, identity=False),
@@ -95,8 +89,7 @@ CASES = [
         identity=False,
     ),
     Case("unipelt", unipelt, {"lora": {"r": 2}, "prefix": SHORT, "bottleneck": NARROW}, merges=False, identity=False),
-    # the scale: far enough from zero that gradients are no rounding errors
-    Case("fusion", fusions, {"named": FUSED, "fusion": {"adapters": ["a", "b"]}}, merges=False, identity=False),
+    Case("fusion", fusions, SETTINGS["fusion"], merges=False, identity=False),
     Case("loreft", edits(2), {"reft": {"r": 2, "first": 1, "last": 2}}, merges=False),
     Case("direft", edits(2), {"reft": {"r": 2, "first": 1, "last": 2}}, merges=False),
     Case("lora", lora_count(4), {"lora": {"r": 4}}),
@@ -384,9 +377,6 @@ def test_gradient_checkpointing_and_accumulation_change_no_gradient(
         results.append(recorder.found)
     for name, gradient in results[0].items():
         assert same(results[1][name], gradient), name
-
-
-from lightning.pytorch import Callback  # noqa: E402
 
 
 class Recorder(Callback):

@@ -53,6 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "prefix": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
         "bottleneck": {"bottleneck_size": 4},
     },
+    # the scale: far enough from zero that gradients are no rounding errors
     "fusion": {
         "named": {
             name: {
