@@ -136,7 +136,7 @@ def draw(path: Path, title: str, names: Sequence[str], layers: Mapping[str, Sequ
         axes.tick_params(axis="x", labelsize=8)
         for y, row in enumerate(shown.values()) if len(cells) <= FEW else ():
             for x, share in row.items():
-                colour = "white" if share > 0.5 else "#333333"
+                colour = "white" if share > 0.6 else "#333333"
                 axes.text(x, y, f"{share:.2f}".lstrip("0"), ha="center", va="center", fontsize=6, color=colour)
     if image is not None:
         bar = figure.colorbar(

@@ -22,7 +22,7 @@ from lit_peft.methods.bottleneck import (
 )
 from lit_peft.methods.fusion import by_name
 from lit_peft.methods.fusion_site import FusionBottleneck, FusionConfig, watched
-from lit_peft.selection import choose
+from lit_peft.selection import Rows, choose
 from lit_peft.zoo import compose
 from tests.models import save_tiny
 from tests.test_methods import batch, gradients, loader, outputs, quick_trainer, same, shake
@@ -350,6 +350,25 @@ def test_replays_see_the_fusion_of_their_call(llama: Path, trained: dict[str, st
     assert any("fusion_query" in name for name in found[0])
     for name, gradient in found[0].items():
         assert same(found[1][name], gradient), name
+
+
+def test_with_several_processes_a_fusion_that_no_row_asks_for_takes_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DDP waits for a gradient from everything that trains."""
+    import torch.distributed as dist
+
+    adapter = filled(Bottleneck, nn.Linear(8, 8)).train()
+    x = torch.randn(2, 3, 8).double()
+    with choose({adapter.scope: Rows(["a", None])}):
+        expected = adapter(x)
+        monkeypatch.setattr(dist, "is_initialized", lambda: True)
+        found = adapter(x)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    for name, parameter in [*adapter.own_parameters(), *adapter.base.own_parameters()]:
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.any()) == name.endswith(".a"), name
 
 
 def test_scope_is_captured_not_remembered() -> None:
