@@ -42,8 +42,8 @@ class PEFT(AdapterSets):
         check_base: refuse an adapter that was made on another base model.
         named: further adapters by name, each with what `add_adapter` takes: the methods' settings, or
             `adapter: FOLDER`; and `train: false` to keep it as it is.
-        active: names of the adapters that act together, in this order, or blocks of them (`stack: [a, b]`, `average:
-            [a, b]`, `fuse: [a, b]`); None: the first one, `default`.
+        active: names of the adapters that act together, in this order, or blocks such as `stack: [a, b]`; None: the
+            first one, `default`.
     """
 
     config_types: ClassVar[dict[str, type[Any]]] = {}  # settings with other defaults, where a method composes others

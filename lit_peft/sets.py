@@ -31,8 +31,8 @@ class AdapterSets(AdaptableModule):
         check_base: refuse an adapter that was made on another base model.
         named: further adapters by name, each with what `add_adapter` takes: the methods' settings, or
             `adapter: FOLDER`; and `train: false` to keep it as it is.
-        active: names of the adapters that act together, in this order, or blocks of them (`stack: [a, b]`, `average:
-            [a, b]`, `fuse: [a, b]`); None: the first one, `default`.
+        active: names of the adapters that act together, in this order, or blocks such as `stack: [a, b]`; None: the
+            first one, `default`.
     """
 
     method: ClassVar[str] = ""
@@ -285,7 +285,7 @@ class AdapterSets(AdaptableModule):
             for placer in placers:
                 for config in configs:
                     placer.adopt(config)
-        before = {id(adapter) for _, adapter in named_adapters(model)}
+        before, sets = {id(adapter) for _, adapter in named_adapters(model)}, set(self._sets)
         try:
             for placer in placers:
                 placer.place_adapters()
@@ -294,7 +294,10 @@ class AdapterSets(AdaptableModule):
                 base = self.base_identity() if self.check_base else {}
                 hub.read(folder, model, declared=self.declared(), base=base, name=name, copy=False)
         except BaseException:
-            self._withdraw(name, before)
+            for added in [name, *self._sets.keys() - sets]:  # a fusion brings what it fuses
+                self._withdraw(added, before)
+                self._sets.pop(added, None)
+                self._note(added, None)
             raise
         trained = scope_of(model).trained
         if not train or trained is not None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_peft import Fuse, Stack, adapters, delete_adapter, disabled, load, routed
-from lit_peft.adapter import named_adapters
+from lit_peft import AdapterFusion, Fuse, Stack, adapters, delete_adapter, disabled, load, routed
+from lit_peft.adapter import adapter_names, named_adapters
 from lit_peft.blocks import Average
 from lit_peft.callbacks.fusion_map import FusionMap, draw
 from lit_peft.methods.bottleneck import (
@@ -19,6 +19,7 @@ from lit_peft.methods.bottleneck import (
     BottleneckBeside,
     BottleneckConfig,
     BottleneckInNorm,
+    dropped,
 )
 from lit_peft.methods.fusion import by_name
 from lit_peft.methods.fusion_site import FusionBottleneck, FusionConfig, watched
@@ -295,6 +296,41 @@ def test_a_second_fusion_beside_the_first(llama: Path, trained: dict[str, str], 
         other.add_adapter("again", folder=tmp_path / "both")
     assert "again" not in other.named
     assert all("again" not in adapter.configs for _, adapter in named_adapters(other.model))
+
+
+def test_beside_a_method_that_does_not_train_it(llama: Path, trained: dict[str, str]) -> None:
+    """The penalty and the picture are the module's: another one says so, and is left as it was."""
+    module: Any = compose("pfeiffer", "sft")(str(llama), bottleneck={"bottleneck_size": 4})
+    module.configure_model()
+    before = {n: (id(p), p.requires_grad) for n, p in module.named_parameters()}
+    with pytest.raises(TypeError, match=r"AdapterFusion takes part in the training.*class Mine\(AdapterFusion, "):
+        module.add_adapter("both", AdapterFusion, fusion={"adapters": trained})
+    assert {n: (id(p), p.requires_grad) for n, p in module.named_parameters()} == before
+    assert module.named == {}
+    assert adapter_names(module.model) == ["default"]
+
+
+@pytest.mark.parametrize("stack", ["fusion+lora", "lora+fusion"])
+def test_with_lora_on_the_same_layers(stack: str, tmp_path: Path) -> None:
+    """In BERT a Houlsby adapter sits around a linear layer, where LoRA sits too."""
+    folder = save_tiny("bert", tmp_path / "bert", task="classification")
+    named = {name: adapter_set("houlsby.Houlsby", scale=3000.0) for name in NAMES}
+    settings: dict[str, Any] = {"labels": ["a", "b", "c"], "lora": {"r": 2}}
+    given = {"fusion": {"adapters": NAMES}, "named": named}
+    module: Any = compose(stack, "classification")(str(folder), **settings, **given)
+    module.configure_model()
+    shake(module)
+    rows = batch("classification")
+    found = gradients(module, rows)
+    assert {"lora_a", "fusion_query"} <= {piece for name in found for piece in name.split(".")}
+    assert not any("bottleneck" in name for name in found)
+    module.save_adapter(tmp_path / "saved")
+    again: Any = compose(stack, "classification")(str(folder), adapter=str(tmp_path / "saved"), **settings)
+    again.configure_model()
+    expected = outputs(module, rows)
+    assert same(outputs(again, rows), expected)
+    with dropped(9):  # AdapterDrop leaves fused adapters out too
+        assert not same(outputs(module, rows), expected, 1e-4)
 
 
 @pytest.mark.parametrize(

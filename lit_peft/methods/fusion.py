@@ -72,6 +72,8 @@ class AdapterFusion(PEFT):
             assert isinstance(site, FusionBottleneck)
             site.__dict__["around"] = bottleneck  # not by setattr: it is no submodule
             site.settled[self.placing] = settled & set(names)
+        if self.beside is not None and not isinstance(self.beside, AdapterFusion):
+            return  # kept as it is, beside another method: nothing here is trained
         scope = scope_of(model)
         trained = adapter_names(model) if scope.trained is None else scope.trained
         scope.trained = tuple(dict.fromkeys([*(name for name in trained if name not in names), self.placing]))
