@@ -70,7 +70,9 @@ def run(
     console = Console(highlight=False)
     console.print(f"Wrote {escape(out)}. It loads in:")
     refused = []
-    for reader in READERS.values() if exported is not None else ():
+    for reader in READERS.values():
+        if exported is None:
+            break
         obstacle = reader.obstacle(exported)
         if obstacle:
             refused.append(f"{reader.title}: {obstacle}")
