@@ -1,4 +1,4 @@
-"""AdapterFusion: the paper's formula in float64, the two stages, folders, checkpoints, metrics, and what is refused."""
+"""AdapterFusion as a method: the two stages, folders, checkpoints, metrics, stacks, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,22 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_peft import AdapterFusion, Fuse, Stack, adapters, delete_adapter, disabled, load, routed
 from lit_peft.adapter import adapter_names, named_adapters
 from lit_peft.blocks import Average
 from lit_peft.callbacks.fusion_map import FusionMap, draw
-from lit_peft.methods.bottleneck import (
-    Bottleneck,
-    BottleneckBeside,
-    BottleneckConfig,
-    BottleneckInNorm,
-    dropped,
-)
+from lit_peft.methods.bottleneck import dropped
 from lit_peft.methods.fusion import by_name
-from lit_peft.methods.fusion_site import FusionBottleneck, FusionConfig, watched
-from lit_peft.selection import Rows, choose
+from lit_peft.methods.fusion_site import FusionBottleneck, FusionConfig
 from lit_peft.zoo import compose
 from tests.models import save_tiny
 from tests.test_methods import batch, gradients, loader, outputs, quick_trainer, same, shake
@@ -34,78 +27,6 @@ NAMES = ["a", "b"]
 def adapter_set(method: str = "pfeiffer.Pfeiffer", **settings: Any) -> dict[str, Any]:
     own = {"bottleneck_size": 4, **settings}
     return {"methods": [f"lit_peft.methods.{method}"], "bottleneck": own}
-
-
-def filled(kind: Any, base: nn.Module) -> Any:
-    """A bottleneck adapter with the sets a and b and their fusion, all random, in float64; the fusion is `default`."""
-    torch.manual_seed(0)
-    adapter = kind(base, BottleneckConfig(bottleneck_size=3, hidden_size=8), "a")
-    adapter.add("b", BottleneckConfig(bottleneck_size=2, hidden_size=8, activation="tanh", scale=0.5))
-    adapter.base = FusionBottleneck(base, FusionConfig(adapters=NAMES, hidden_size=8))
-    adapter.base.scope = adapter.scope
-    adapter.double()
-    with torch.no_grad():
-        for _, parameter in [*adapter.own_parameters(), *adapter.base.own_parameters()]:
-            parameter.copy_(torch.randn(parameter.shape))
-    return adapter
-
-
-def branch(adapter: Any, name: str, h: Tensor) -> Tensor:
-    inner = h @ adapter.bottleneck_down[name].t() + adapter.bottleneck_down_bias[name]
-    inner = inner.clamp(min=0) if name == "a" else inner.tanh()
-    out = inner @ adapter.bottleneck_up[name].t() + adapter.bottleneck_up_bias[name]
-    return out if name == "a" else 0.5 * out
-
-
-def fused(adapter: Any, h: Tensor) -> Tensor:
-    """Equations of section 3.2.2, one token and one adapter at a time."""
-    site = adapter.base
-    q, k = site.fusion_query["default"], site.fusion_key["default"]
-    v = torch.eye(8).double() + site.fusion_value["default"]
-    tokens = h.reshape(-1, 8)
-    rows = []
-    for i in range(len(tokens)):
-        z = [branch(adapter, name, tokens[i]) for name in NAMES]
-        scores = torch.stack([(q @ tokens[i]) @ (k @ zn) for zn in z])
-        s = scores.exp() / scores.exp().sum()
-        rows.append(sum(s[n] * (v @ zn) for n, zn in enumerate(z)))
-    return torch.stack(rows).view(h.shape)
-
-
-def test_the_papers_formula_behind_beside_and_in_a_norm() -> None:
-    x = torch.randn(2, 5, 8).double().requires_grad_()
-    for kind, base in (
-        (Bottleneck, nn.Linear(8, 8)),
-        (BottleneckBeside, nn.Linear(8, 8)),
-        (BottleneckInNorm, nn.LayerNorm(8)),
-    ):
-        adapter = filled(kind, base)
-        plain = adapter.base.base
-        if kind is Bottleneck:
-            expected = plain(x) + fused(adapter, plain(x))
-        elif kind is BottleneckBeside:
-            expected = plain(x) + fused(adapter, x)
-        else:
-            expected = plain(x + fused(adapter, plain(x)))
-        found = adapter(x)
-        assert torch.allclose(found, expected, atol=1e-10), kind
-        own = [x, *(p for _, p in adapter.base.own_parameters()), adapter.bottleneck_up["a"]]
-        mine = torch.autograd.grad(found.square().sum(), own)
-        theirs = torch.autograd.grad(expected.square().sum(), own)
-        for one, other in zip(mine, theirs, strict=True):
-            assert torch.allclose(one, other, atol=1e-9), kind
-
-
-def test_equal_adapters_under_the_identity_are_that_adapter_and_weights_sum_to_one() -> None:
-    torch.manual_seed(0)
-    site = FusionBottleneck(nn.Linear(8, 8), FusionConfig(adapters=["a", "b", "c"], hidden_size=8)).double()
-    h, out = torch.randn(2, 3, 8).double(), torch.randn(2, 3, 8).double()
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    with watched(mask) as seen:
-        assert torch.allclose(site.attend("default", h, [out, out, out]), out)
-    (total, count) = seen.found[id(site), "default"]
-    assert count == 3
-    assert torch.allclose(total / count, torch.full((3,), 1 / 3))
 
 
 @pytest.fixture(scope="module")
@@ -227,33 +148,6 @@ def test_metrics_the_picture_and_the_penalty(llama: Path, trained: dict[str, str
     assert (tmp_path / "fusion.png").stat().st_size > 5000
     draw(tmp_path / "b.png", "t", ["x", "y"], {"enc.0.att.base": [0.2, 0.8], "enc.0.mlp": [1.0, 0.0], "head": [0, 1]})
     assert (tmp_path / "b.png").is_file()
-
-
-def test_the_right_adapter_gets_the_attention(tmp_path: Path) -> None:
-    """Two tasks, told apart by the token: the adapter of each is found, over eight parts in ten."""
-    torch.manual_seed(0)
-    adapter = filled(Bottleneck, nn.Linear(8, 8))
-    site = adapter.base
-    with torch.no_grad():
-        nn.init.normal_(site.fusion_query["default"], std=0.02)
-        nn.init.normal_(site.fusion_key["default"], std=0.02)
-        site.fusion_value["default"].zero_()
-    tokens = torch.randn(2, 64, 8).double() * 0.1
-    tokens[0, :, 0] += 2
-    tokens[1, :, 0] -= 2
-    with torch.no_grad():
-        y = adapter.base.base(tokens)
-        wanted = torch.stack([y[i] + branch(adapter, name, y[i]) for i, name in enumerate(NAMES)])
-    optimizer = torch.optim.Adam([site.fusion_query["default"], site.fusion_key["default"]], lr=0.02)
-    for _ in range(150):
-        optimizer.zero_grad()
-        (adapter(tokens) - wanted).square().mean().backward()
-        optimizer.step()
-    for i in range(2):
-        with watched(None) as seen, torch.no_grad():
-            adapter(tokens[i : i + 1])
-        (total, count) = seen.found[id(site), "default"]
-        assert (total / count)[i] > 0.8
 
 
 def test_copies_and_deletion(llama: Path, trained: dict[str, str]) -> None:
@@ -386,32 +280,3 @@ def test_replays_see_the_fusion_of_their_call(llama: Path, trained: dict[str, st
     assert any("fusion_query" in name for name in found[0])
     for name, gradient in found[0].items():
         assert same(found[1][name], gradient), name
-
-
-def test_with_several_processes_a_fusion_that_no_row_asks_for_takes_part(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """DDP waits for a gradient from everything that trains."""
-    import torch.distributed as dist
-
-    adapter = filled(Bottleneck, nn.Linear(8, 8)).train()
-    x = torch.randn(2, 3, 8).double()
-    with choose({adapter.scope: Rows(["a", None])}):
-        expected = adapter(x)
-        monkeypatch.setattr(dist, "is_initialized", lambda: True)
-        found = adapter(x)
-    assert torch.equal(found, expected)
-    found.sum().backward()
-    for name, parameter in [*adapter.own_parameters(), *adapter.base.own_parameters()]:
-        assert parameter.grad is not None, name
-        assert bool(parameter.grad.any()) == name.endswith(".a"), name
-
-
-def test_scope_is_captured_not_remembered() -> None:
-    adapter = filled(Bottleneck, nn.Linear(8, 8))
-    x = torch.randn(1, 2, 8).double()
-    with choose({adapter.scope: ("a",)}):
-        alone = adapter(x)
-    y = adapter.base.base(x)
-    assert torch.allclose(alone, y + branch(adapter, "a", y))
-    assert torch.allclose(adapter(x), y + fused(adapter, y))

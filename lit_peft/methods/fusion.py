@@ -235,8 +235,8 @@ def fusable(model: nn.Module, names: Iterable[str]) -> dict[str, Bottleneck]:
                 continue
             if not isinstance(adapter, Bottleneck):
                 raise TypeError(
-                    f"The adapter {name!r} has a {type(adapter).__name__}, which cannot be fused: only bottleneck "
-                    "adapters (houlsby, pfeiffer, parallel) can. To combine others: combine_adapters, or Average."
+                    f"The adapter {name!r} has a {type(adapter).__name__}, which cannot be fused: only the bottlenecks "
+                    "of houlsby, pfeiffer and parallel can. Train it without, or combine: combine_adapters, Average."
                 )
             places[name][path] = adapter
     first = names[0]
