@@ -27,10 +27,11 @@ from torch import Tensor
 from benchmarks.arms import Arm, Setting, ours, theirs
 from benchmarks.bytes_held import Saved, peak_of
 from lit_peft import backbone as backbones
-from lit_peft.catalogue import METHODS
+from lit_peft.catalogue import FACTS, METHODS
 from lit_peft.data.instructions import Instructions
 from lit_peft.quiet import quiet
 
+ALONE = [name for name in METHODS if not FACTS[name].needs]  # the others build on trained adapters
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 2
 POOL = 100_000  # tokens to draw from
@@ -39,7 +40,7 @@ MIB = 2**20
 
 def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--methods", default=",".join(METHODS), help="comma-separated; default: all")
+    parser.add_argument("--methods", default=",".join(ALONE), help="comma-separated; default: all")
     parser.add_argument("--steps", type=int, default=16, help="pairs of steps for each method")
     parser.add_argument("--rows", type=int, default=4, help="rows of a batch")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a row")

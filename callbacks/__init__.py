@@ -18,6 +18,7 @@ _HOME = {
     "RunProgress": "run_progress",
     "EVACalibration": "eva_calibration",
     "GracefulStop": "graceful_stop",
+    "FusionMap": "fusion_map",
 }
 __all__ = list(_HOME)
 

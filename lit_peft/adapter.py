@@ -10,15 +10,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from lit_peft.choosing import Choosing
 from lit_peft.ops.blocks import unfuse
-from lit_peft.selection import Rows, Scope, acting
+from lit_peft.selection import Scope
 
 
-class Adapter(nn.Module):
+class Adapter(Choosing):
     """A trainable module around one frozen `base` module: the base class of every method's own module.
 
     Subclasses implement `add` (make the parameters of one named set), `change` (what one set makes of the base's
@@ -68,73 +67,6 @@ class Adapter(nn.Module):
         if name in self.configs:
             raise taken(name)
         self.configs[name] = config
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call the base on x (batch, ..., in) and let every set that acts change its output (batch, ..., out)."""
-        y = self.base(x, *args, **kwargs)
-        choice = acting(self.scope)
-        if isinstance(choice, Rows):
-            return self._routed(choice, x, y)
-        for name in choice:
-            if name in self.configs:
-                y = self.change(name, x, y)
-        return y
-
-    def _routed(self, choice: Rows, x: Tensor, y: Tensor) -> Tensor:
-        """Let every set change its own rows of y: sorted by set first, so that each works on one slice.
-
-        That is two copies of y however many sets there are, and none where the rows come sorted.
-        """
-        if not any(name in self.configs for name in choice.names) and not _together(self):
-            return y
-        groups, order = choice.grouped(x, y)
-        if order is not None:
-            x, y = x.index_select(0, order), y.index_select(0, order)
-        pieces, start = [], 0
-        for names, number in groups:
-            taken, piece = x.narrow(0, start, number), y.narrow(0, start, number)
-            for name in names:
-                if name in self.configs:
-                    piece = self.change(name, taken, piece).to(y.dtype)
-            pieces.append(piece)
-            start += number
-        if _together(self):
-            absent = [name for name in self.configs if name not in choice.names]
-            pieces += [self.change(name, x[:0], y[:0]).to(y.dtype) for name in absent]
-        y = torch.cat(pieces)
-        return y if order is None else y.index_select(0, order.argsort())
-
-    def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return what one named set makes of the base's output y for the input x, without changing either.
-
-        Raises:
-            TypeError: if the method works in another way; then it overrides `forward`.
-        """
-        raise TypeError(f"{type(self).__name__} defines neither change nor forward.")
-
-    def active(self) -> tuple[str, ...]:
-        """Return the names that act in this very call on the whole batch, in order.
-
-        Raises:
-            TypeError: if names are routed row by row, which an adapter with a `forward` of its own reads from `shares`.
-        """
-        choice = acting(self.scope)
-        if isinstance(choice, Rows):
-            raise TypeError(f"{type(self).__name__} cannot be routed row by row. Use `adapters` for whole batches.")
-        return tuple(name for name in choice if name in self.configs)
-
-    def chosen(self) -> tuple[str, ...]:
-        """Return the names that act in this very call on at least one row, in order."""
-        choice = acting(self.scope)
-        return tuple(name for name in (choice.names if isinstance(choice, Rows) else choice) if name in self.configs)
-
-    def shares(self, x: Tensor) -> list[tuple[str, Tensor | None]]:
-        """Return the names that act in this very call, each with the rows of x it acts on; None for all rows."""
-        choice = acting(self.scope)
-        if not isinstance(choice, Rows):
-            return [(name, None) for name in choice if name in self.configs]
-        names = self.configs if _together(self) else [name for name in choice.names if name in self.configs]
-        return [(name, choice.of(name, x)) for name in names]
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the adapter's own parameters, not the base's, with names relative to this module."""
@@ -287,16 +219,11 @@ def check_name(name: str) -> None:
         )
 
 
-def check_once(names: Sequence[str]) -> None:
+def check_once(names: Sequence[Any]) -> None:
     """Raise a ValueError if a name comes twice: the adapter would act twice."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice!r} is named twice, and would act twice. Name each adapter once.")
-
-
-def _together(adapter: Adapter) -> bool:
-    # With several processes every set takes part, if need be with no row: DDP waits for a gradient from each.
-    return adapter.training and dist.is_available() and dist.is_initialized()
 
 
 def taken(name: str) -> ValueError:

@@ -33,6 +33,7 @@ METHODS: dict[str, str] = {
     "direft": "methods.direft.DiReFT",
     "mam": "methods.mam.MAM",
     "unipelt": "methods.unipelt.UniPELT",
+    "fusion": "methods.fusion.AdapterFusion",
     "freeze": "methods.freeze.Freeze",
     "full": "methods.full.Full",
 }

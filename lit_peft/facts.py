@@ -21,6 +21,7 @@ class Facts(NamedTuple):
         four_bit: whether it works on a base whose linear layers are held in 4 bits.
         rows: whether the rows of one batch can be routed to different named sets.
         sets: whether one base can hold several named sets of it.
+        needs: a setting that must be given, where a method builds on what others have trained.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Facts(NamedTuple):
     four_bit: bool = True
     rows: bool = True
     sets: bool = True
+    needs: str = ""
 
     @property
     def peft(self) -> bool:
@@ -332,6 +334,18 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_GATED_LORA + LIT_PREFIX + LIT_PFEIFFER",
         paper="https://arxiv.org/abs/2110.07577",
+    ),
+    "fusion": Facts(
+        title="attention over trained adapters",
+        keyword="fusion",
+        config="methods.fusion_site.FusionConfig",
+        adapter="methods.fusion_site.FusionBottleneck",
+        place="bottleneck adapter",
+        trained="3 d^2",
+        merges=False,
+        peft_type="LIT_FUSION",
+        paper="https://arxiv.org/abs/2005.00247",
+        needs="fusion.adapters",
     ),
     "freeze": Facts(
         title="the last layers as they are, the rest frozen",

@@ -19,6 +19,8 @@ FREE = {
     "dropout",
     "encoder_dropout",
     "random_drop",
+    "penalty",
+    "short_prompts",
     "init",
     "init_text",
     "init_lora_weights",

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
-from lit_peft import hub, meaning, rewriting
+from lit_peft import blocks, hub, meaning, rewriting
 from lit_peft.adapter import Adapter, adapter_names, merge, named_adapters, scope_of
 from lit_peft.callbacks.adapter_freeze import AdapterFreeze
 from lit_peft.callbacks.base import AdapterCallback
@@ -231,7 +231,10 @@ class PEFT(AdapterSets):
         if self._placed and self.model is not None:
             scope = scope_of(self.model)
             meta["settings"] = meaning.noted(self.model)
-            meta["adapters"] = {"active": list(scope.active), "trained": scope.trained and list(scope.trained)}
+            meta["adapters"] = {
+                "active": [blocks.plain(entry) for entry in scope.active],
+                "trained": scope.trained and list(scope.trained),
+            }
         meta["class_path"] = f"{type(self).__module__}.{type(self).__qualname__}"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -290,7 +293,7 @@ class PEFT(AdapterSets):
         """Let the adapters act and train as in the run that wrote a checkpoint."""
         assert self.model is not None
         if noted and adapter_names(self.model):
-            activate(self.model, *noted["active"])
+            activate(self.model, *[blocks.read(entry) for entry in noted["active"]])
             if noted["trained"] is not None:
                 train_adapters(self.model, *noted["trained"])
 
@@ -317,6 +320,8 @@ def refuse_stack(methods: Sequence[type[PEFT]]) -> None:
         TypeError: if two of them take the same settings, so that one would be lost, or do not go together.
     """
     for one, other in combinations([method for method in methods if method.method], 2):
+        if one is not other and issubclass(other, one):
+            raise TypeError(f"{other.method} is {one.method} already, with more. Leave {one.method} out of the stack.")
         shared = sorted(_settings(one) & _settings(other))
         # variants of one method (dora+loraplus) are one method with the presets of both
         variants = all(hasattr(method, "preset") and not method.config_types for method in (one, other))
@@ -325,8 +330,6 @@ def refuse_stack(methods: Sequence[type[PEFT]]) -> None:
                 f"{one.method} and {other.method} both take {shared[0]!r} and would fight for one place. Use one of "
                 f"them, or add the other as a named adapter: module.add_adapter(NAME, {other.__name__})."
             )
-        if one is not other and issubclass(other, one):
-            raise TypeError(f"{other.method} is {one.method} already, with more. Leave {one.method} out of the stack.")
         if other.method in one.conflicts or one.method in other.conflicts:
             raise TypeError(
                 f"{one.method} does not go with {other.method}: virtual tokens move the positions that the other one "

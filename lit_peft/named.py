@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lit_peft.adapter import Adapter, adapter_names, check_name, check_once, named_adapters, scopes_of
+from lit_peft.blocks import Block, Entry, Stack, names_in
 from lit_peft.combining import check_how
 from lit_peft.selection import Rows, choose, keep_selection, originals_restored
 
@@ -142,23 +143,25 @@ def combine_adapters(
         _freeze(model)
 
 
-def adapters(model: nn.Module, *names: str) -> AbstractContextManager[None]:
+def adapters(model: nn.Module, *names: Entry) -> AbstractContextManager[None]:
     """Choose which named adapters act in the calls made inside the `with` block.
 
     Args:
         model: the adapted model, or a LightningModule that holds it.
-        *names: one or several names; they act together, in this order. None at all: the base alone.
+        *names: one or several names, or blocks of them (`Stack`, `Average`, `Fuse`); they act together, in this order.
+            None at all: the base alone.
 
     Raises:
         ValueError: if a name is unknown, or comes twice.
-        TypeError: if there are no names, and weights of the base are trained in place.
+        TypeError: if an adapter cannot apply a block; or there are no names, and weights of the base are trained in
+            place.
 
     Example:
         >>> from lit_peft import adapters
         >>> # with adapters(model, "reward"):
         >>> #     scores = model(**batch)
     """
-    _check_known(model, names)
+    check_entries(model, names)
     check_once(names)
     if not names:
         _check_untouched(model)
@@ -166,18 +169,19 @@ def adapters(model: nn.Module, *names: str) -> AbstractContextManager[None]:
     return choose(dict.fromkeys(scopes_of(model), names))
 
 
-def routed(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> AbstractContextManager[None]:
+def routed(model: nn.Module, names: Sequence[Entry | Sequence[Entry] | None]) -> AbstractContextManager[None]:
     """Choose for each row of the batch which named adapter acts on it, in the calls made inside the `with` block.
 
     The base runs once on the whole batch. Works in training too: each set gets gradients from its own rows only.
 
     Args:
         model: the adapted model, or a LightningModule that holds it.
-        names: one entry a row: a name, several that act together, or None for the base alone.
+        names: one entry a row: a name or a block, several that act together, or None for the base alone.
 
     Raises:
         ValueError: if a name is unknown, or there are none; in the call, if the batch has another number of rows.
-        TypeError: if a row asks for the base and weights of the base are trained in place.
+        TypeError: if an adapter cannot apply a block; or a row asks for the base and weights of the base are trained in
+            place.
 
     Example:
         >>> from lit_peft import routed
@@ -187,7 +191,7 @@ def routed(model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> Abs
     if not names:
         raise ValueError("routed needs one name for each row of the batch; it got none.")
     rows = Rows(names)
-    _check_known(model, rows.names)
+    check_entries(model, rows.entries)
     for entry in names:
         check_once(entry if isinstance(entry, Sequence) and not isinstance(entry, str) else ())
     if not all(names):
@@ -209,9 +213,14 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove one named set of weights from a model; adapters that held no other go, and the base takes their place.
 
     Raises:
-        ValueError: if no adapter has the name.
+        ValueError: if no adapter has the name, or a block or a fusion needs it.
     """
     _check_known(model, (name,))
+    held = [entry for scope in scopes_of(model) for entry in scope.active if isinstance(entry, Block)]
+    needed = [str(block) for block in held if name in block.names]
+    needed += [f"the fusion {who!r}" for _, adapter in named_adapters(model) for who in adapter.needing(name)]
+    if needed:
+        raise ValueError(f"{name!r} is part of {needed[0]}. Activate or delete that first.")
     found = [(path, m) for path, m in model.named_modules(remove_duplicate=False) if isinstance(m, Adapter)]
     for adapter in {id(adapter): adapter for _, adapter in found}.values():
         if name in adapter.configs:
@@ -232,11 +241,34 @@ def _check_known(model: nn.Module, names: Iterable[str]) -> None:
         raise ValueError(f"No adapter is named {unknown[0]!r}. This model has {known}.")
 
 
-def activate(model: nn.Module, *names: str) -> None:
-    """Choose which named adapters act by default, until chosen otherwise.
+def check_entries(model: nn.Module, entries: Sequence[Entry]) -> None:
+    """See that names and blocks can act on a model.
 
     Raises:
         ValueError: if a name is unknown.
+        TypeError: if an adapter cannot apply a block, or no layer has two of the adapters that are stacked.
+    """
+    _check_known(model, names_in(entries))
+    for block in (entry for entry in entries if isinstance(entry, Block)):
+        found = [adapter for _, adapter in named_adapters(model)]
+        for reason in (adapter.refusal(block) for adapter in found):
+            if reason:
+                raise TypeError(reason)
+        for inner in block.inside():
+            if isinstance(inner, Stack) and not any(adapter.meets(inner) for adapter in found):
+                together = ", ".join(map(repr, inner.names))
+                raise TypeError(
+                    f"{inner} has no layer with two of its adapters, so their order is the model's own. Let them act "
+                    f"together: adapters(model, {together})."
+                )
+
+
+def activate(model: nn.Module, *names: Entry) -> None:
+    """Choose which named adapters, or blocks of them, act by default, until chosen otherwise.
+
+    Raises:
+        ValueError: if a name is unknown.
+        TypeError: if an adapter cannot apply a block.
     """
     with adapters(model, *names):  # validates
         for scope in scopes_of(model):

@@ -16,49 +16,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_peft.blocks import Block, Entry, names_in
+
 
 class Rows:
     """A choice for each row of a batch: which set of weights acts on it.
 
     Args:
-        names: one entry a row: a name, several that act together, or None for the base alone.
+        names: one entry a row: a name or a block, several that act together, or None for the base alone.
 
     Attributes:
         count: number of rows.
-        names: the names that some row asks for.
+        entries: the names and blocks that some row asks for.
+        names: the names in them.
     """
 
-    def __init__(self, names: Sequence[str | Sequence[str] | None]) -> None:
-        found: dict[tuple[str, ...], list[int]] = {}
-        for row, entry in enumerate(names):
-            found.setdefault(() if entry is None else (entry,) if isinstance(entry, str) else tuple(entry), []).append(
-                row
-            )
+    def __init__(self, names: Sequence[Entry | Sequence[Entry] | None]) -> None:
+        found: dict[tuple[Entry, ...], list[int]] = {}
+        for row, wanted in enumerate(names):
+            group = () if wanted is None else (wanted,) if isinstance(wanted, str | Block) else tuple(wanted)
+            found.setdefault(group, []).append(row)
         self.count = len(names)
-        self.names = tuple(dict.fromkeys(name for entry in found for name in entry))
-        self._groups = [(entry, len(rows)) for entry, rows in found.items()]
+        self.entries = tuple(dict.fromkeys(entry for group in found for entry in group))
+        self.names = names_in(self.entries)
+        self._groups = [(group, len(rows)) for group, rows in found.items()]
         order = [row for rows in found.values() for row in rows]
         self._order = None if order == sorted(order) else torch.tensor(order)
         self._rows = {
-            name: torch.tensor([row for entry, rows in found.items() if name in entry for row in rows])
-            for name in self.names
+            entry: torch.tensor([row for group, rows in found.items() if entry in group for row in rows])
+            for entry in self.entries
         }
 
-    def rows(self, name: str) -> list[int]:
-        """Return the rows that ask for a name."""
-        found = self._rows.get(name)
+    def rows(self, entry: Entry) -> list[int]:
+        """Return the rows that ask for a name or a block."""
+        found = self._rows.get(entry)
         return [] if found is None else found.tolist()
 
-    def of(self, name: str, x: Tensor) -> Tensor:
-        """Return the indices into the first dimension of x (rows, ..., width) that a name acts on; may be empty.
+    def of(self, entry: Entry, x: Tensor) -> Tensor:
+        """Return the indices into the first dimension of x (rows, ..., width) that an entry acts on; may be empty.
 
         Raises:
             ValueError: if x does not have as many rows as names were given.
         """
         beams = self._beams(x, x.ndim)
-        return _repeated(self._rows.get(name, torch.empty(0, dtype=torch.long)).to(x.device), beams)
+        return _repeated(self._rows.get(entry, torch.empty(0, dtype=torch.long)).to(x.device), beams)
 
-    def grouped(self, x: Tensor, y: Tensor) -> tuple[list[tuple[tuple[str, ...], int]], Tensor | None]:
+    def grouped(self, x: Tensor, y: Tensor) -> tuple[list[tuple[tuple[Entry, ...], int]], Tensor | None]:
         """Return the groups of rows that ask for the same, as (names, number of rows), and the order that sorts them.
 
         Args:
@@ -92,14 +95,14 @@ def _repeated(rows: Tensor, beams: int) -> Tensor:
     return rows if beams == 1 else (rows[:, None] * beams + torch.arange(beams, device=rows.device)).flatten()
 
 
-Choice = tuple[str, ...] | Rows
+Choice = tuple[Entry, ...] | Rows
 
 
 class Scope:
     """The names that act by default in one adapted model, and what turns its in-place training off.
 
     Attributes:
-        active: names that act when nothing else is chosen.
+        active: names and blocks that act when nothing else is chosen.
         current: what acts right now; equals `active` outside of `adapters` and `disabled`. Compiled code reads this
             (torch.compile guards on plain attributes but cannot trace a ContextVar), eager code the ContextVar.
         originals: base values of parameters that are trained in place, for `disabled`.
@@ -108,7 +111,7 @@ class Scope:
     """
 
     def __init__(self) -> None:
-        self.active: tuple[str, ...] = ("default",)
+        self.active: tuple[Entry, ...] = ("default",)
         self.current: Choice = ("default",)
         self.originals: dict[str, tuple[nn.Parameter, Tensor]] = {}
         self.irreversible = ""

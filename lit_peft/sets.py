@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lit_peft import hub, named
+from lit_peft import blocks, hub, named
 from lit_peft.adapter import Adapter, adapter_names, check_name, named_adapters, scope_of
 from lit_peft.folders import FIRST, AdapterFolders
 from lit_peft.targets import bare
@@ -30,7 +30,8 @@ class AdapterSets(AdapterFolders):
             as another alpha.
         named: further adapters by name, each with what `add_adapter` takes: the methods' settings, or
             `adapter: FOLDER`; and `train: false` to keep it as it is.
-        active: names of the adapters that act together, in this order; None: the first one, `default`.
+        active: names of the adapters that act together, in this order, or blocks such as `stack: [a, b]`; None: the
+            first one, `default`.
     """
 
     placing: str = FIRST  # the name under which `place_adapters` places
@@ -44,7 +45,7 @@ class AdapterSets(AdapterFolders):
         check_base: bool = True,
         check_settings: bool = True,
         named: dict[str, dict[str, Any]] | None = None,
-        active: list[str] | None = None,
+        active: list[str | dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -131,10 +132,11 @@ class AdapterSets(AdapterFolders):
         """Place the adapters that `named` lists; called once, when the first one stands."""
         for name, entry in self.named.items():
             check_name(name)
-            self._place(name, entry)
+            if name not in self._sets:  # a fusion has placed what it fuses
+                self._place(name, entry)
         if self.active is not None:
             assert self.model is not None
-            named.activate(self.model, *self.active)
+            named.activate(self.model, *[blocks.read(entry) for entry in self.active])
 
     def delete_adapter(self, name: str) -> None:
         """Remove one named adapter.
@@ -206,7 +208,7 @@ class AdapterSets(AdapterFolders):
             for placer in placers:
                 for config in configs:
                     placer.adopt(config)
-        before = {id(adapter) for _, adapter in named_adapters(model)}
+        before, sets = {id(adapter) for _, adapter in named_adapters(model)}, set(self._sets)
         try:
             for placer in placers:
                 placer.place_adapters()
@@ -215,7 +217,10 @@ class AdapterSets(AdapterFolders):
                 base = self.base_identity() if self.check_base else {}
                 hub.read(folder, model, declared=self.declared(), base=base, name=name, copy=False)
         except BaseException:
-            self._withdraw(name, before)
+            for added in [name, *self._sets.keys() - sets]:  # a fusion brings what it fuses
+                self._withdraw(added, before)
+                self._sets.pop(added, None)
+                self._note(added, None)
             raise
         trained = scope_of(model).trained
         if not train or trained is not None:

@@ -76,6 +76,11 @@ def feed_forward_outputs(model: nn.Module) -> list[str]:
     return layers(model)
 
 
+def fusions(model: nn.Module) -> int:
+    """Q, K and V behind every layer."""
+    return 3 * geometry(model).hidden ** 2 * len(feed_forward_outputs(model))
+
+
 def prefixes(p: int, mu: int | None) -> Count:
     """p d + (d + 1) mu + (mu + 1) 2 n d_kv for each stack with n attention modules; direct: 2 n p d_kv."""
 

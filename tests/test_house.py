@@ -18,12 +18,13 @@ PYTHON_FILES = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
 
 # room -> the rooms it may import (and always itself). A room is a file or a folder directly in lit_peft.
 ROOMS = {
-    "selection": "",
-    "adapter": "selection ops",
+    "selection": "blocks",
+    "choosing": "blocks selection",
+    "adapter": "selection ops choosing",
     "combining": "",
     "placing": "adapter",
     "meaning": "adapter",
-    "named": "selection adapter combining",
+    "named": "selection adapter combining blocks",
     "weights": "",
     "quantised": "sites",
     "structure": "",
@@ -49,17 +50,18 @@ ROOMS = {
     "merging": "adapter weights hub backbone rewriting quantised",
     "callbacks": "adapter named weights module hub merging backbone faults rewriting tensor_files",
     "mixin": "selection adapter named ops module sites structure hub callbacks rewriting weights sets meaning "
-    "quantised",
-    "low_rank": "adapter structure weights gates ops targets selection combining",
+    "quantised blocks",
+    "low_rank": "adapter structure weights gates ops targets selection combining blocks",
     "methods": "adapter placing named sites structure targets weights low_rank hub rewriting mixin module "
-    "callbacks ops combining selection sublayers prefixed gates",
+    "callbacks ops combining selection sublayers prefixed gates blocks",
     "folders": "adapter module hub catalogue",
-    "sets": "adapter named hub targets folders",
+    "sets": "adapter named hub targets folders blocks",
     "tasks": "adapter ops module data backbone sites structure",
     "zoo": "methods tasks catalogue module mixin",
     "comparing": "catalogue zoo module backbone faults quiet",
     "saved": "hub catalogue",
     "restore": "adapter named zoo saved hub tensor_files backbone merging module catalogue forks",
+    "blocks": "",
 }
 ROOMS["verbs"] = " ".join(ROOMS)
 ROOMS["cli"] = ROOMS["__main__"] = " ".join([*ROOMS, "cli"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -27,6 +27,7 @@ from tests.counts import (
     bottlenecks,
     compacter,
     edits,
+    fusions,
     ia3_count,
     last_layer,
     lora_count,
@@ -38,6 +39,7 @@ from tests.counts import (
     svd_count,
     unipelt,
 )
+from tests.distributed.worker import SETTINGS
 from tests.models import IM_END, VOCAB, save_tiny
 
 
@@ -83,6 +85,7 @@ CASES = [
     Case("compacter", compacter(2, 8, norms), {"compacter": {**PHM, **NORMS}}, merges=False, identity=False),
     Case("mam", bottlenecks(1, 4, prefixes(3, 8)), {"prefix": SHORT, "bottleneck": NARROW}, False, identity=False),
     Case("unipelt", unipelt, {"lora": {"r": 2}, "prefix": SHORT, "bottleneck": NARROW}, merges=False, identity=False),
+    Case("fusion", fusions, SETTINGS["fusion"], merges=False, identity=False),
     Case("loreft", edits(2), {"reft": {"r": 2, "first": 1, "last": 2}}, merges=False),
     Case("direft", edits(2), {"reft": {"r": 2, "first": 1, "last": 2}}, merges=False),
     Case("lora", lora_count(4), {"lora": {"r": 4}}),
@@ -370,9 +373,6 @@ def test_gradient_checkpointing_and_accumulation_change_no_gradient(
         results.append(recorder.found)
     for name, gradient in results[0].items():
         assert same(results[1][name], gradient), name
-
-
-from lightning.pytorch import Callback  # noqa: E402
 
 
 class Recorder(Callback):

@@ -263,7 +263,7 @@ def test_the_page_runs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     source.save_adapter("adapter")
     page = (Path(__file__).parents[1] / "docs" / "named_adapters.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict[str, Any] = {}
     for block in blocks:
         exec(block.replace("Qwen/Qwen3-0.6B", str(base)), names)

@@ -91,7 +91,7 @@ def chosen(text: str) -> list[str]:
     if not names:
         raise ValueError("--methods is empty. Write all, or some of: " + ", ".join(FACTS) + ".")
     if names == ["all"]:
-        return list(FACTS)
+        return [name for name in FACTS if not FACTS[name].needs]  # what builds on trained adapters stands apart
     for name in names:
         for part in name.split("+"):
             if part not in FACTS:

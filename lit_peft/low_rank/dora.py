@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_peft.adapter import Adapter, innermost
+from lit_peft.blocks import Entry, names_in
 from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.selection import Rows, acting
 from lit_peft.structure import is_linear
@@ -95,10 +96,10 @@ class DoRALinear(LoRALinear):
             inner += list(module.configs)
             module = module.base
         if isinstance(choice, Rows):
-            rows = [row for name in choice.names for row in choice.rows(name) * inner.count(name)]
+            rows = [row for entry in choice.entries for row in choice.rows(entry) * _most(inner, entry)]
             alone = len(rows) == len(set(rows))
         else:
-            alone = sum(inner.count(name) for name in choice) <= 1
+            alone = sum(_most(inner, entry) for entry in choice) <= 1
         if not alone:
             raise TypeError(
                 "DoRA cannot act together with another adapter below it or another set of DoRA on the same layer. "
@@ -158,3 +159,8 @@ class DoRALinear(LoRALinear):
 
 def _exact(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _most(inner: list[str], entry: Entry) -> int:
+    """Return how many sets act one after the other: in an average, the only block here, each starts from the base."""
+    return max(inner.count(name) for name in names_in((entry,)))

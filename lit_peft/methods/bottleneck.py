@@ -25,6 +25,7 @@ from transformers.activations import ACT2FN
 from lit_peft.adapter import Adapter, innermost
 from lit_peft.gates import Gates
 from lit_peft.methods.adapter_drop import dropped, dropped_in_step, is_dropped, left_out, must_reach, reaching
+from lit_peft.methods.composed import ComposedBranches
 from lit_peft.methods.norms import NormConfig, norm_class
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
@@ -117,7 +118,7 @@ class BottleneckConfig:
         return int(m)
 
 
-class Bottleneck(Adapter):
+class Bottleneck(ComposedBranches):
     """A bottleneck f(h) = s U act(D dropout(h) + b_d) + s b_u behind a module: y -> y + f(y).
 
     The module's output, or the first of its outputs, is (batch, ..., d). Several sets that act together add up.
@@ -174,6 +175,8 @@ class Bottleneck(Adapter):
 
     def plus(self, y: Tensor, h: Tensor) -> Tensor:
         """Return y plus f(h) of every set that acts, each on its rows."""
+        if self.is_composed():
+            return self.plus_composed(y, h)
         for name, rows in self.shares(h):
             if is_dropped(self.configs[name]):
                 if not must_reach(self):
@@ -201,9 +204,15 @@ class BottleneckInNorm(Bottleneck):
         total = self.plus(x, z)
         return z if total is x else self.base(total, *args, **kwargs)
 
+    def reread(self, total: Tensor) -> Tensor:
+        """Return the norm of the sum."""
+        return self.base(total)  # type: ignore[no-any-return]
+
 
 class BottleneckBeside(Bottleneck):
     """A bottleneck beside a module: y -> y + f(x), x being the module's input."""
+
+    stacks: ClassVar[bool] = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base and add f of its input to its (first) output."""
@@ -214,6 +223,8 @@ class BottleneckBeside(Bottleneck):
 
 class BottleneckBesideNorm(Bottleneck):
     """A bottleneck beside BERT's feed-forward: LN(h + x) -> LN(h + x + f(x)), around the module that adds them."""
+
+    stacks: ClassVar[bool] = False
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Any:
         """Hand x + f(x) to the base in the place of x."""
@@ -233,6 +244,8 @@ class FeedForwardInput(Adapter):
 
 class BottleneckAcross(Bottleneck):
     """A bottleneck beside two linear layers that no module holds together (OPT): y -> y + f(x), around the last one."""
+
+    stacks: ClassVar[bool] = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base and add f of what the first linear layer has read to its output."""

@@ -123,7 +123,8 @@ class FusedHead(Fused, nn.Linear):
         Fused.__init__(self, plain)
         self.is_open = False
         self.given: Tensor | None = None
-        self.refused = False  # whether the model does something to the logits
+        self.refused = False  # the model does something to the logits
+        self.known = False  # it does not
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + c, or x itself: (..., d) -> (..., V) or (..., d)."""
@@ -167,14 +168,21 @@ def scored(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, FusedHe
     """
     head = head_of(model)
     if head is not None:
-        with head.opened():
-            output: Tensor = model(**inputs).logits
+        try:
+            with head.opened():
+                output: Tensor | None = model(**inputs).logits
+        except (RuntimeError, TypeError, ValueError):
+            if head.known or head.given is None:
+                raise
+            output = None  # such as a bias of the vocabulary's length; an error of another kind comes again below
         given, head.given = head.given, None
-        if given is output and type(head.weight) is nn.Parameter:  # not one shard of many
-            return output, head
-        if given is None:  # the model went another way to its logits
+        if given is None and output is not None:  # the model went another way to its logits
             return output, None
-        head.refused = True  # the model does something to its logits; asked once
+        head.known = given is output
+        if head.known and type(head.weight) is nn.Parameter:  # not one shard of many
+            assert output is not None
+            return output, head
+        head.refused = True  # asked once
     return model(**inputs).logits, None
 
 

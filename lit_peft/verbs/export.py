@@ -19,7 +19,7 @@ from lit_peft.verbs.readers import READERS, Exported
 def run(
     path: str,
     out: str,
-    to: Literal["peft", "vllm", "sglang", "llama.cpp", "hf"] = "peft",
+    to: Literal["peft", "lit_peft", "vllm", "sglang", "llama.cpp", "hf"] = "peft",
     backbone: str | None = None,
     name: str = "default",
 ) -> None:
@@ -28,8 +28,8 @@ def run(
     Args:
         path: a checkpoint, a run folder, or an adapter folder.
         out: a new or empty folder.
-        to: `peft` for an adapter folder of HF PEFT; `vllm`, `sglang` or `llama.cpp` for the same, refused if that one
-            cannot load it; `hf` for a whole merged model.
+        to: `peft` for an adapter folder of HF PEFT; `lit_peft` for one of any method, which lit_peft loads; `vllm`,
+            `sglang` or `llama.cpp` for PEFT's, refused if that one cannot load it; `hf` for a whole merged model.
         backbone: base model to use instead of the one that was noted.
         name: which of several named adapters.
 
@@ -51,13 +51,14 @@ def run(
     module = load(path, backbone=backbone, device="cpu")
     if not isinstance(module, PEFT):
         raise ValueError(f"{path} is a whole model, which transformers loads as it is. There is no adapter to export.")
-    _check(module, name)
+    if to != "lit_peft":
+        _check(module, name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
         draft = Path(place) / "adapter"
         module.save_adapter(draft, name)
-        exported = described(module, draft, str(folder))
-        obstacle = READERS[to].obstacle(exported)
+        exported = None if to == "lit_peft" else described(module, draft, str(folder))
+        obstacle = READERS[to].obstacle(exported) if exported is not None else ""
         if obstacle:
             raise ValueError(f"{READERS[to].title} cannot load this: {obstacle}. Write the merged model: --to hf.")
         tokenizer: Any = getattr(module, "tokenizer", None)
@@ -70,6 +71,8 @@ def run(
     console.print(f"Wrote {escape(out)}. It loads in:")
     refused = []
     for reader in READERS.values():
+        if exported is None:
+            break
         obstacle = reader.obstacle(exported)
         if obstacle:
             refused.append(f"{reader.title}: {obstacle}")
@@ -86,7 +89,9 @@ def _check(module: PEFT, name: str) -> None:
     parts = module.parts_of(name)
     own = [part["peft_type"].removeprefix("LIT_").lower() for part in parts if part["peft_type"].startswith("LIT_")]
     if own:
-        raise ValueError(f"HF PEFT has no {own[0]}, so it cannot load this. Write the merged model instead: --to hf.")
+        raise ValueError(
+            f"HF PEFT has no {own[0]}, so it cannot load this. For lit_peft: --to lit_peft; else merged: --to hf."
+        )
     if len(parts) > 1:
         names = " + ".join(part["peft_type"] for part in parts)
         raise ValueError(f"HF PEFT holds one method in a folder, and this is {names}. Use --to hf.")

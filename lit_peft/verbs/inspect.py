@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_peft import hub
+from lit_peft.blocks import read
 from lit_peft.catalogue import FACTS
 from lit_peft.forks import kind_of
 from lit_peft.saved import locate, merge_summary, methods_of, read_checkpoint
@@ -91,7 +92,7 @@ def _checkpoint(path: Path) -> Contents:
         "base": _base({"name": settings.get("backbone"), "revision": settings.get("revision"), **meta.get("base", {})}),
         "class": str(meta.get("class_path", "")),
         **{key: value if isinstance(value, str) else _shown(value) for key, value in configs.items()},
-        "acts": ", ".join(active) if named else "",
+        "acts": ", ".join(map(str, map(read, active))) if named else "",
         "progress": f"epoch {stored.get('epoch')}, step {stored.get('global_step')}",
         "optimizer": "in the file" if stored.get("optimizer_states") else "not in the file: cannot be resumed",
         "versions": ", ".join(f"{key} {value}" for key, value in versions.items() if value),

@@ -111,4 +111,7 @@ def _one(console: Console, name: str) -> None:
         itself = " (its weights are the model's own)" if key == "merges" and not facts.adapter else ""
         support.add_row(f"[bold]{head}", "[green]yes" if getattr(facts, key) else "[red]no", f"[dim]{meaning}{itself}")
     console.print(support)
-    console.print(f"\nlit-peft fit --method {name} --task sft --model.backbone MODEL --data.path FILE", style="dim")
+    needs = f" --model.{facts.needs} ..." if facts.needs else ""
+    console.print(
+        f"\nlit-peft fit --method {name} --task sft --model.backbone MODEL --data.path FILE{needs}", style="dim"
+    )

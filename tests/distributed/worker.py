@@ -53,6 +53,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "prefix": {"num_virtual_tokens": 3, "encoder_hidden_size": 8},
         "bottleneck": {"bottleneck_size": 4},
     },
+    # the scale: far enough from zero that gradients are no rounding errors
+    "fusion": {
+        "named": {
+            name: {
+                "methods": ["lit_peft.methods.pfeiffer.Pfeiffer"],
+                "bottleneck": {"bottleneck_size": 4, "init": "houlsby", "scale": 3000.0},
+            }
+            for name in ("a", "b")
+        },
+        "fusion": {"adapters": ["a", "b"]},
+    },
     "loreft": {"reft": {"r": 2}},
     "direft": {"reft": {"r": 2}},
     "ia3": {},

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor
+from transformers import BartConfig, BartForConditionalGeneration
 
 from lit_peft import LoRAConfig, place
 from lit_peft.low_rank.linear import LoRALinear
@@ -168,6 +169,21 @@ def test_a_model_that_changes_its_logits_keeps_them() -> None:
         assert head is None
         assert got.equal(wanted)
     assert model.lm_head.refused
+
+
+def test_a_model_that_adds_to_its_logits_keeps_them() -> None:
+    """BART has a bias of the vocabulary's length, to which hidden states cannot be added."""
+    shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=64, **shape, **heads)).eval().requires_grad_(False)
+    ids = torch.arange(20).view(2, 10)
+    wanted = model(input_ids=ids).logits
+    assert fuse(model) == 1
+    got, head = scored(model, {"input_ids": ids})
+    assert head is None
+    assert got.equal(wanted)
+    with pytest.raises(IndexError):  # an error of the model's own comes through
+        scored(model, {"input_ids": ids + 1000})
 
 
 def test_a_trained_or_adapted_head_gives_logits() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_peft import adapters
+from lit_peft import adapters, load
 from lit_peft.targets import KEYS
 from lit_peft.verbs import export
 from lit_peft.verbs.readers import READERS, Exported
@@ -53,6 +53,20 @@ def test_what_peft_has_not(tmp_path: Path, base: Path, method: str) -> None:
     with pytest.raises(ValueError, match=f"HF PEFT has no {method.split('+')[-1]}.*--to hf"):
         export.run(str(tmp_path / "a"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_peft_has_not_is_written_for_lit_peft(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = built(compose("pfeiffer", "sft"), base, bottleneck={"bottleneck_size": 4})
+    module.save_adapter(tmp_path / "a")
+    export.run(str(tmp_path / "a"), str(tmp_path / "out"), to="lit_peft")
+    shown = capsys.readouterr().out
+    assert "lit_peft: load(" in shown
+    assert "PEFT:" not in shown
+    again = load(tmp_path / "out", device="cpu")
+    mine = dict(module.named_parameters())
+    assert all(torch.equal(p, mine[n]) for n, p in again.named_parameters() if p.requires_grad)
 
 
 def test_ia3_and_a_named_adapter(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:

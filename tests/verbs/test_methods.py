@@ -95,6 +95,8 @@ def test_one_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "from lit_peft import BitFit" in shown
     assert "https://arxiv.org/abs/2106.10199" in shown
+    methods.run("fusion")
+    assert "--model.fusion.adapters ..." in capsys.readouterr().out
     methods.run(json=True)
     told = json.loads(capsys.readouterr().out)
     assert list(told) == list(METHODS)
