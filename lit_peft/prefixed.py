@@ -41,6 +41,17 @@ class Prefix:
     used: set[int] = field(default_factory=set)
 
 
+class Recorder:
+    """Stands in a prefix's place to note the keys and values of the text itself.
+
+    Attributes:
+        found: (batch, kv_heads, length, head_dim) of keys and of values, by number of the attention module.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}
+
+
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -55,10 +66,13 @@ def attend(
     query is (batch, heads, length, head_dim), key and value (batch, kv_heads, key length, head_dim). Every token sees
     the whole prefix; among the others it sees what the mask says.
     """
-    prefix: Prefix | None = kwargs.pop(KEYWORD, None)
+    prefix: Prefix | Recorder | None = kwargs.pop(KEYWORD, None)
     gate: Tensor | None = kwargs.pop(GATE, None)
     number = module.__dict__.get(INDEX)
-    if prefix is None or number is None:
+    if isinstance(prefix, Recorder) and number is not None:
+        prefix.found[number] = key.detach(), value.detach()
+        prefix = None
+    if not isinstance(prefix, Prefix) or number is None:
         return inner(module, query, key, value, attention_mask, **kwargs)
     prefix.used.add(number)
     rows, length, own = query.shape[0], query.shape[2], key.shape[2]
@@ -149,7 +163,8 @@ def prepare(model: nn.Module, modules: list[nn.Module]) -> None:
         TypeError: if a module does not go through transformers' attention interface, or uses another function than
             `sdpa` or `eager`.
     """
-    for number, module in enumerate(modules):
+    names: list[str] = []
+    for module in modules:
         config: Any = getattr(module, "config", None)
         source = sys.modules.get(type(module).__module__)
         if config is None or not hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
@@ -160,7 +175,10 @@ def prepare(model: nn.Module, modules: list[nn.Module]) -> None:
         chosen = config._attn_implementation
         if chosen not in NAMES and chosen not in NAMES.values():
             raise TypeError(f"Prefixes need sdpa or eager attention, not {chosen!r}. Set attn_implementation: sdpa.")
-        config._attn_implementation = NAMES.get(chosen, chosen)
+        names.append(NAMES.get(chosen, chosen))
+    for number, (module, name) in enumerate(zip(modules, names, strict=True)):  # only now is anything changed
+        config = module.config
+        config._attn_implementation = name
         module.__dict__[INDEX] = number
 
 

@@ -21,7 +21,8 @@ from lit_peft.gates import watched
 from lit_peft.low_rank.gated import GatedLoRALinear
 from lit_peft.methods.lora import LoRA, LoRAConfig
 from lit_peft.methods.pfeiffer import Pfeiffer, PfeifferConfig
-from lit_peft.methods.prefix import PrefixConfig, PrefixTuning
+from lit_peft.methods.prefix import PrefixTuning
+from lit_peft.methods.prefix_config import PrefixConfig
 from lit_peft.placing import join
 from lit_peft.selection import telling
 from lit_peft.sites import linears, match
@@ -59,6 +60,7 @@ class GatedPrefixConfig(PrefixConfig):
     gate: bool | float = True
 
     default_lr: ClassVar[float] = 2e-4
+    peft_type: ClassVar[str] = "LIT_GATED_PREFIX"
 
 
 @dataclass(frozen=True, kw_only=True)
