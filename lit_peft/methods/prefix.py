@@ -72,7 +72,9 @@ class PrefixTuning(PEFT):
         tokenizer: Any = getattr(self.beside or self, "tokenizer", None)
         if tokenizer is None:
             kind = type(self.beside or self).__name__
-            raise TypeError(f"prefix.init_text needs a tokenizer, and {kind} has no attribute `tokenizer`. Give it one.")
+            raise TypeError(
+                f"prefix.init_text needs a tokenizer, and {kind} has no attribute `tokenizer`. Give it one."
+            )
         text, p = self.prefix.init_text, self.prefix.num_virtual_tokens
         plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not plain:

@@ -158,7 +158,9 @@ class PrefixBackbone(Adapter):
             if given is None:
                 cache = kwargs.get("past_key_values")
                 past = 0 if cache is None else int(cache.get_seq_length())
-                self._check_length(text.shape[1] + past, sum(self.configs[name].num_virtual_tokens for name, _ in shares))
+                self._check_length(
+                    text.shape[1] + past, sum(self.configs[name].num_virtual_tokens for name, _ in shares)
+                )
                 given = own_positions(self.positions, text, past)
             kwargs["position_ids"] = given + moved
         out = self.base(*args, **{**kwargs, KEYWORD: prefix})
