@@ -17,9 +17,9 @@ def position_table(model: nn.Module) -> nn.Embedding | None:
     layers = [layer for stack in stacks_of(model) for layer in stack]
     for site in walk(model):
         leaf = site.name.rpartition(".")[2].lower()
-        if isinstance(site.base, nn.Embedding) and any(word in leaf for word in WORDS):
-            if not any(within(site, layer) for layer in layers):
-                return site.base
+        outside = not any(within(site, layer) for layer in layers)
+        if isinstance(site.base, nn.Embedding) and outside and any(word in leaf for word in WORDS):
+            return site.base
     return None
 
 

@@ -81,10 +81,11 @@ class PrefixTuning(PEFT):
             raise ValueError(f"prefix.init_text {text!r} has no tokens. Write a longer text.")
         whole = list(tokenizer(text)["input_ids"])
         first = whole[: whole.index(plain[0])] if plain[0] in whole else []  # such as BOS
-        if len(first) + len(plain) != p:
+        number = len(first) + len(plain)
+        if number != p:
             rank_zero_info(
-                f"prefix.init_text has {len(first) + len(plain)} tokens and is {'cut' if p < len(plain) else 'repeated'} "
-                f"to {p}. Set num_virtual_tokens to that number for just this text."
+                f"prefix.init_text has {number} tokens and is {'cut' if p < number else 'repeated'} to {p}. Set "
+                "num_virtual_tokens to that number for just this text."
             )
         return (first + plain * p)[:p]
 

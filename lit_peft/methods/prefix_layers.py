@@ -149,7 +149,8 @@ class PrefixBackbone(Adapter):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base with a prefix for each of its attention modules, and the text's positions moved behind it."""
         text = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
-        shares = [(name, rows) for name, rows in self.shares(text) if not self.configs[name].off]
+        rows_of = text if text.ndim > 2 else text[..., None]  # a generator's beams are told from batches by the width
+        shares = [(name, rows) for name, rows in self.shares(rows_of) if not self.configs[name].off]
         if not shares:
             return self.base(*args, **kwargs)
         prefix, moved = self.prefix(shares, text.shape[0])
