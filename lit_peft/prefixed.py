@@ -33,12 +33,14 @@ class Prefix:
         values: the same.
         visible: (batch, p), False where a row has no such prefix token; None: all are seen.
         used: numbers of the modules that have attended to it in this call.
+        masks: what a mask became, as the layers of a call share theirs; with the mask itself, so that its id is taken.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     visible: Tensor | None = None
     used: set[int] = field(default_factory=set)
+    masks: dict[tuple[Any, ...], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
 
 
 class Recorder:
@@ -80,13 +82,13 @@ def attend(
     p = k.shape[2]
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if attention_mask is None and causal and length > 1:
-        # aligned at the end: the queries are the last of the keys
-        attention_mask = torch.ones(length, own, dtype=torch.bool, device=key.device).tril(own - length)[None, None]
-    if attention_mask is None and prefix.visible is not None:
-        attention_mask = torch.ones(1, 1, length, own, dtype=torch.bool, device=key.device)
-    if attention_mask is not None:
-        attention_mask = _extended(attention_mask, prefix.visible, p)
+    same = (id(attention_mask), length, own, causal, key.device)
+    if torch.compiler.is_compiling():
+        attention_mask = _masked(attention_mask, prefix.visible, causal, length, own, k)
+    else:
+        if same not in prefix.masks:
+            prefix.masks[same] = attention_mask, _masked(attention_mask, prefix.visible, causal, length, own, k)
+        attention_mask = prefix.masks[same][1]
     bias = kwargs.pop("position_bias", None)
     if bias is not None:  # T5: relative positions count between text tokens only
         kwargs["position_bias"] = F.pad(bias, (p, 0))
@@ -137,6 +139,18 @@ def _gated(
     weights = F.dropout(scores.float().softmax(-1).to(query.dtype), dropout)
     out = (weights[..., :p] * gate) @ v + weights[..., p:] @ value
     return out.transpose(1, 2).contiguous(), None
+
+
+def _masked(
+    mask: Tensor | None, visible: Tensor | None, causal: bool, length: int, own: int, prefix: Tensor
+) -> Tensor | None:
+    """Return the mask over [prefix; text], from that over the text; None where all is seen."""
+    if mask is None and causal and length > 1:
+        # aligned at the end: the queries are the last of the keys
+        mask = torch.ones(length, own, dtype=torch.bool, device=prefix.device).tril(own - length)[None, None]
+    if mask is None and visible is not None:
+        mask = torch.ones(1, 1, length, own, dtype=torch.bool, device=prefix.device)
+    return None if mask is None else _extended(mask, visible, prefix.shape[2])
 
 
 def _extended(mask: Tensor, visible: Tensor | None, p: int) -> Tensor:

@@ -134,16 +134,19 @@ class PrefixBackbone(Adapter):
             config: PrefixConfig = self.configs[name]
             table = F.dropout(self.rows(name), config.dropout, self.training)
             p = table.shape[0]
-            # (2n, kv_heads, p, head_dim)
-            parts = table.view(p, 2 * self.attentions, self.kv_heads, self.head_dim).permute(1, 2, 0, 3)
+            # 2n times (1, kv_heads, p, head_dim); taken apart at once, so that their gradients come together at once
+            parts = (
+                table.view(p, 2 * self.attentions, self.kv_heads, self.head_dim).permute(1, 2, 0, 3)[:, None].unbind()
+            )
             for number in range(self.attentions):
-                keys[number].append(parts[2 * number][None])
-                values[number].append(parts[2 * number + 1][None])
+                keys[number].append(parts[2 * number])
+                values[number].append(parts[2 * number + 1])
             visible = torch.zeros(batch, p, dtype=torch.bool, device=table.device)
             visible[slice(None) if rows is None else rows] = True
             seen.append(visible)
         mask = torch.cat(seen, 1)
-        made = Prefix([torch.cat(k, 2) for k in keys], [torch.cat(v, 2) for v in values], mask if routed else None)
+        joined = [[torch.cat(sets, 2) if len(sets) > 1 else sets[0] for sets in part] for part in (keys, values)]
+        made = Prefix(*joined, mask if routed else None)
         return made, mask.sum(1, keepdim=True) if routed else mask[:1].sum(1, keepdim=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

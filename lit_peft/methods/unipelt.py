@@ -4,7 +4,8 @@
 
 Nothing but a composition of three methods with gates. The gates start near 1/2. On decoders there is one for each
 token: the paper's average over the sequence would let a token see those behind it. `train_gate_lora` and so on are
-logged.
+logged. A gate may be a fixed number instead. At 1 its part is the plain method. At 0 its part is gone: the prefix is
+left out with its positions, as keys of zero would still take their share of the softmax.
 """
 
 from __future__ import annotations
