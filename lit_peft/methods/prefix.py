@@ -17,15 +17,16 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_peft.adapter import named_adapters, scopes_of
 from lit_peft.methods.prefix_config import PrefixConfig as PrefixConfig
+from lit_peft.methods.prefix_layers import NETWORK
 from lit_peft.methods.prefix_layers import PrefixBackbone as PrefixBackbone
 from lit_peft.methods.prefix_layers import PrefixGate as PrefixGate
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
-from lit_peft.prompt_folders import BEYOND, EMBEDDINGS, ENCODER_KEYS
 from lit_peft.selection import choose
 from lit_peft.sites import geometry
 from lit_peft.sublayers import attention_cores, hosts, is_causal
 from lit_peft.targets import KEYS, OWN
+from lit_peft.virtual_tokens import STORED
 
 
 class PrefixTuning(PEFT):
@@ -58,8 +59,6 @@ class PrefixTuning(PEFT):
         gates = [adapter for _, adapter in named_adapters(self.model) if isinstance(adapter, PrefixGate)]
         for adapter, is_decoder in zip(gates, causal.values(), strict=True):
             adapter.causal = is_decoder
-        for backbone in self._backbones(self.placing):
-            backbone.alone = self._alone()
         if ids:
             self._start_from(torch.tensor([ids]))
 
@@ -134,41 +133,33 @@ class PrefixTuning(PEFT):
             self._note(name, {**self.named[name], "prefix": asdict(found[0].configs[name])})
 
     def adopt(self, config: Mapping[str, Any]) -> None:
-        """Take the settings from an adapter folder.
-
-        Raises:
-            ValueError: if HF PEFT wrote it for an encoder-decoder, where its prefix is another function.
-        """
+        """Take the settings from an adapter folder."""
         super().adopt(config)
         kind = type(self.prefix)
-        if config.get("peft_type") != kind.peft_type:
+        if config.get("peft_type") not in (kind.peft_type, self._stored_as()):
             return
         settings = {**config, **(config.get(OWN) or {})}
-        if EMBEDDINGS in config.get(KEYS, ()):
-            if len(hosts(self.model)) > 1:  # type: ignore[arg-type]
-                raise ValueError(
-                    "On an encoder-decoder HF PEFT's prefix acts in the decoder's own attention alone, and ours in all "
-                    "three kinds. Train it here: such a folder holds them all."
-                )
+        if config["peft_type"] == "PREFIX_TUNING":
             # the file holds rows; the network is there only where it was written here
-            settings["prefix_projection"] = ENCODER_KEYS in config
+            settings["prefix_projection"] = f"prefix_{NETWORK[0]}" in config.get(KEYS, ())
         known = {field.name for field in fields(kind)} - {"init_text"}
         known = {key for key in known if settings.get(key) is not None}
         self.prefix = self.configured(kind, "prefix", {key: settings[key] for key in known})
 
-    def _alone(self) -> bool:
-        """Whether the model is one stack of layers: HF PEFT has prefixes of such only."""
-        assert self.model is not None, "call configure_model() first"
-        config: Any = getattr(self.model, "config", None)
-        return len(hosts(self.model)) == 1 and not getattr(config, "is_encoder_decoder", False)
+    def _stored_as(self) -> str:
+        """The type of a folder that HF PEFT could not read."""
+        return "LIT_PREFIX" if self.prefix.peft_type == "PREFIX_TUNING" else self.prefix.peft_type
 
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`: HF PEFT's, where it has such a prefix, and our own words."""
-        kind, own = self.prefix.peft_type, asdict(self.prefix)
-        noted = {**own, "method": self.method}
-        if not self._alone() or self.prefix.gate is not False:  # PEFT has no gates either
-            return [*super().parts(), {**own, "peft_type": BEYOND.get(kind, kind), OWN: noted}]
-        size = geometry(self.model)  # type: ignore[arg-type]
+        assert self.model is not None, "call configure_model() first"
+        own, kind = asdict(self.prefix), self.prefix.peft_type
+        config: Any = getattr(self.model, "config", None)
+        stacks = hosts(self.model)
+        # PEFT knows no gates, and of an encoder-decoder only the decoder's own attention
+        if self.prefix.gate is not False or len(stacks) > 1 or getattr(config, "is_encoder_decoder", False):
+            return [*super().parts(), {**own, "peft_type": kind, STORED: self._stored_as()}]
+        size = geometry(self.model)
         theirs = {
             "num_virtual_tokens": self.prefix.num_virtual_tokens,
             "token_dim": size.kv_heads * size.head_dim,
@@ -178,4 +169,4 @@ class PrefixTuning(PEFT):
             "prefix_projection": False,  # the file holds rows
             "encoder_hidden_size": None,
         }
-        return [*super().parts(), {"peft_type": kind, **theirs, OWN: noted}]
+        return [*super().parts(), {"peft_type": kind, **theirs, OWN: {**own, "method": self.method}}]

@@ -16,9 +16,9 @@ from lit_peft.gates import Gates
 from lit_peft.methods.prefix_config import PrefixConfig
 from lit_peft.positions import check_room, own_positions, position_table, positions_of
 from lit_peft.prefixed import GATE, KEYWORD, Prefix, Recorder, prepare
-from lit_peft.prompt_folders import EMBEDDINGS
 from lit_peft.sites import geometry, is_linear, widths
 from lit_peft.sublayers import attention_cores
+from lit_peft.virtual_tokens import TOKENS
 
 NETWORK = ("embedding", "hidden", "hidden_bias", "output", "output_bias")
 
@@ -29,12 +29,7 @@ class PrefixBackbone(Adapter):
     It sits around a whole stack of layers (`model.model` of a Llama, the encoder and the decoder of a T5), so that one
     network makes the rows of all of them. The rows of one set are (p, 2 n kv_heads head_dim) for n attention modules,
     ordered K_1 V_1 K_2 V_2 ... as HF PEFT has them.
-
-    Attributes:
-        alone: whether there is no other stack with rows of its own, as in an encoder-decoder.
     """
-
-    alone = True
 
     @property
     def peft_type(self) -> str:
@@ -107,31 +102,27 @@ class PrefixBackbone(Adapter):
         self.prefix_table[name] = nn.Parameter(rows, requires_grad=trained)
         self.configs[name] = replace(self.configs[name], prefix_projection=False)
 
-    def _whole(self, name: str) -> bool:
-        """Whether the rows are all there is of a set: then HF PEFT's folders can hold it."""
-        return self.alone and self.configs[name].gate is False
-
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
-        """Return the rows, as HF PEFT keeps them; beside other stacks or under a gate, all there is, by path."""
+        """Return the rows, as HF PEFT keeps them, and the network where there is one."""
         found = super().tensors(name)
-        if not self._whole(name):
-            return found
-        if name in self.prefix_table:
-            return {EMBEDDINGS: found["prefix_table"]}
-        whole = (t.full_tensor() if hasattr(t, "full_tensor") else t for t in self.companion_tensors(name).values())
-        return {EMBEDDINGS: _through(*whole)}
+        table = found.pop("prefix_table", None)
+        if table is None:  # sharded parts must be whole for this
+            parts = (found[f"prefix_{part}"] for part in NETWORK)
+            table = _through(*(t.full_tensor() if hasattr(t, "full_tensor") else t for t in parts))
+        return {TOKENS: table, **found}
 
-    def companion_tensors(self, name: str = "default") -> dict[str, Tensor]:
-        """Return the network that the rows come out of."""
-        found = super().tensors(name) if self._whole(name) and name in self.prefix_embedding else {}
-        return {f"prefix_{part}": found[f"prefix_{part}"] for part in NETWORK if found}
+    def shapes(self, tensors: Mapping[str, Tensor], name: str = "default") -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the rows, and of the network.
 
-    def load_tensors(self, tensors: Mapping[str, Tensor], name: str = "default") -> None:
-        """Copy the rows into one named set; where a network yields them, that comes with the companion tensors."""
-        if not (self._whole(name) and name in self.prefix_embedding):
-            own = {"prefix_table": tensors[EMBEDDINGS]} if self._whole(name) else tensors
-            for key, target in super().tensors(name).items():
-                target.copy_(own[key])
+        Raises:
+            ValueError: if there is a network here and none in the folder.
+        """
+        if TOKENS in tensors and name in self.prefix_embedding and "prefix_embedding" not in tensors:
+            raise ValueError(
+                "This folder holds a prefix without the network that it was trained through (HF PEFT does not keep "
+                "it). Set prefix_projection: false."
+            )
+        return super().shapes(tensors, name)
 
     def prefix(self, shares: list[tuple[str, Tensor | None]], batch: int) -> tuple[Prefix, Tensor]:
         """Return the keys and values of the sets that act, and how far each row's text is moved, (batch or 1, 1)."""
