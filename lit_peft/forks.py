@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A prefix that PEFT's format cannot hold (T5's three kinds of attention, gates) is written in a layout of our own.
-OURS_OF = {"LIT_PREFIX": "PREFIX_TUNING"}
+# Virtual tokens that PEFT's format cannot hold (T5's three kinds of attention, gates, places inside of a text) are
+# written in a layout of our own.
+OURS_OF = {"LIT_PREFIX": "PREFIX_TUNING", "LIT_PROMPT": "PROMPT_TUNING", "LIT_P_TUNING": "P_TUNING"}
 FIRST, SECOND, OURS = ".lora_A.weight", ".lora_B.weight", ".mora_m"
 
 

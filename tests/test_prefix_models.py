@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_peft.named import routed
+from lit_peft.named import adapters, routed
 from lit_peft.positions import own_positions, position_table, positions_of
 from lit_peft.prefixed import GATE, INDEX, KEYWORD, Prefix, attend
 from lit_peft.structure import walk
@@ -49,6 +50,27 @@ def test_positions_of_encoders(kind: str, tmp_path: Path) -> None:
     first = PAD + 1 if kind == "roberta" else 0
     assert torch.equal(seen[0][0], torch.arange(9) + 5 + first)
     assert torch.equal(seen[0][-1, :6], torch.arange(6) + 5 + first)
+
+
+@torch.no_grad()
+def test_positions_that_stay(tmp_path: Path) -> None:
+    """In adapter-hub's library a text begins at 0 behind a prefix; sets of both kinds act together."""
+    module = placed("gpt2", tmp_path / "m", p=5, shift_positions=False)
+    module.add_adapter("b", prefix={"num_virtual_tokens": 2, "prefix_projection": False})
+    seen: list[Tensor] = []
+    module.model.transformer.base.wpe.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    ids = ragged()["input_ids"]
+    module.model(input_ids=ids)
+    with adapters(module, "default", "b"):
+        module.model(input_ids=ids)
+    with routed(module, ["default", "b"]):
+        module.model(input_ids=ids)
+    assert torch.equal(seen[0], torch.arange(9)[None])
+    assert torch.equal(seen[1], torch.arange(9)[None] + 2)
+    assert torch.equal(seen[2], torch.stack([torch.arange(9), torch.arange(9) + 2]))
+    module.save_adapter(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["shift_positions"]) == ("LIT_PREFIX", False), "HF PEFT always moves the text"
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ class MAMPrefixConfig(PrefixConfig):
         dropout: dropout on the rows.
         gate: scale the prefix by a learned gate for each token, or by a fixed number; 0 leaves it out.
         init_text: start from the keys and values of this text, repeated or cut to p tokens. Empty: at random.
+        shift_positions: whether the text's positions begin behind the prefix, at p; or at 0.
     """
 
     encoder_hidden_size: int = 800

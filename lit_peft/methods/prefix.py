@@ -154,11 +154,13 @@ class PrefixTuning(PEFT):
         """Return the settings for `adapter_config.json`: HF PEFT's, where it has such a prefix, and our own words."""
         assert self.model is not None, "call configure_model() first"
         own, kind = asdict(self.prefix), self.prefix.peft_type
+        noted = {**own, "method": self.method}
         config: Any = getattr(self.model, "config", None)
         stacks = hosts(self.model)
+        plain = self.prefix.gate is False and self.prefix.shift_positions
         # PEFT knows no gates, and of an encoder-decoder only the decoder's own attention
-        if self.prefix.gate is not False or len(stacks) > 1 or getattr(config, "is_encoder_decoder", False):
-            return [*super().parts(), {**own, "peft_type": kind, STORED: self._stored_as()}]
+        if not plain or len(stacks) > 1 or getattr(config, "is_encoder_decoder", False):
+            return [*super().parts(), {**own, "peft_type": kind, STORED: self._stored_as(), OWN: noted}]
         size = geometry(self.model)
         theirs = {
             "num_virtual_tokens": self.prefix.num_virtual_tokens,
@@ -169,4 +171,4 @@ class PrefixTuning(PEFT):
             "prefix_projection": False,  # the file holds rows
             "encoder_hidden_size": None,
         }
-        return [*super().parts(), {"peft_type": kind, **theirs, OWN: {**own, "method": self.method}}]
+        return [*super().parts(), {"peft_type": kind, **theirs, OWN: noted}]

@@ -18,6 +18,8 @@ class PrefixConfig:
         gate: scale the prefix by a learned gate for each token (UniPELT), or by a fixed number; 0 leaves it out.
         init_text: start from the keys and values of this text, repeated or cut to p tokens: the prefix then does what
             the text in front would do. Empty: at random.
+        shift_positions: whether the text's positions begin behind the prefix, at p, as in HF PEFT; or at 0, as in the
+            folders of adapter-hub's library.
 
     Raises:
         ValueError: if a value is out of range.
@@ -29,6 +31,7 @@ class PrefixConfig:
     dropout: float = 0.0
     gate: bool | float = False
     init_text: str = ""
+    shift_positions: bool = True
 
     default_lr: ClassVar[float] = 8e-5
     peft_type: ClassVar[str] = "PREFIX_TUNING"

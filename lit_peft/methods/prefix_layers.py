@@ -39,7 +39,8 @@ class PrefixBackbone(Adapter):
     def add(self, name: str, config: PrefixConfig) -> None:
         """Make the rows, or the network that yields them, of another named set."""
         base = innermost(self.base)
-        check_room(base, config.num_virtual_tokens, "prefix.num_virtual_tokens")
+        if config.shift_positions:
+            check_room(base, config.num_virtual_tokens, "prefix.num_virtual_tokens")
         super().add(name, config)
         if "prefix_table" not in self._modules:
             for part in ("table", *NETWORK):
@@ -112,7 +113,7 @@ class PrefixBackbone(Adapter):
         return {TOKENS: table, **found}
 
     def shapes(self, tensors: Mapping[str, Tensor], name: str = "default") -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the rows, and of the network.
+        """Return the shapes of the rows, and of the network; where that is stored, rows need not be.
 
         Raises:
             ValueError: if there is a network here and none in the folder.
@@ -122,7 +123,17 @@ class PrefixBackbone(Adapter):
                 "This folder holds a prefix without the network that it was trained through (HF PEFT does not keep "
                 "it). Set prefix_projection: false."
             )
-        return super().shapes(tensors, name)
+        found = super().shapes(tensors, name)
+        return {
+            key: shape
+            for key, shape in found.items()
+            if key != TOKENS or TOKENS in tensors or name in self.prefix_table
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], name: str = "default") -> None:
+        """Copy rows, or the network that yields them, into one named set."""
+        for key, target in super().tensors(name).items():
+            target.copy_(tensors[TOKENS if key == "prefix_table" else key])
 
     def prefix(self, shares: list[tuple[str, Tensor | None]], batch: int) -> tuple[Prefix, Tensor]:
         """Return the keys and values of the sets that act, and how far each row's text is moved, (batch or 1, 1)."""
@@ -147,7 +158,9 @@ class PrefixBackbone(Adapter):
         mask = torch.cat(seen, 1)
         joined = [[torch.cat(sets, 2) if len(sets) > 1 else sets[0] for sets in part] for part in (keys, values)]
         made = Prefix(*joined, mask if routed else None)
-        return made, mask.sum(1, keepdim=True) if routed else mask[:1].sum(1, keepdim=True)
+        moving = [self.configs[name].shift_positions for name, _ in shares]
+        moved = torch.cat([part if moves else part[:, :0] for moves, part in zip(moving, seen, strict=True)], 1)
+        return made, moved.sum(1, keepdim=True) if routed else moved[:1].sum(1, keepdim=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base with a prefix for each of its attention modules, and the text's positions moved behind it."""
@@ -157,14 +170,13 @@ class PrefixBackbone(Adapter):
         if not shares:
             return self.base(*args, **kwargs)
         prefix, moved = self.prefix(shares, text.shape[0])
-        if self.takes_positions:
+        moving = [self.configs[name].num_virtual_tokens for name, _ in shares if self.configs[name].shift_positions]
+        if self.takes_positions and moving:
             given = kwargs.get("position_ids")
             if given is None:
                 cache = kwargs.get("past_key_values")
                 past = 0 if cache is None else int(cache.get_seq_length())
-                self._check_length(
-                    text.shape[1] + past, sum(self.configs[name].num_virtual_tokens for name, _ in shares)
-                )
+                self._check_length(text.shape[1] + past, sum(moving))
                 given = own_positions(self.positions, text, past)
             kwargs["position_ids"] = given + moved
         out = self.base(*args, **{**kwargs, KEYWORD: prefix})
