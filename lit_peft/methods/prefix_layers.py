@@ -156,8 +156,7 @@ class PrefixBackbone(Adapter):
             visible[slice(None) if rows is None else rows] = True
             seen.append(visible)
         mask = torch.cat(seen, 1)
-        joined = [[torch.cat(sets, 2) if len(sets) > 1 else sets[0] for sets in part] for part in (keys, values)]
-        made = Prefix(*joined, mask if routed else None)
+        made = Prefix([_joined(k) for k in keys], [_joined(v) for v in values], mask if routed else None)
         moving = [self.configs[name].shift_positions for name, _ in shares]
         moved = torch.cat([part if moves else part[:, :0] for moves, part in zip(moving, seen, strict=True)], 1)
         return made, moved.sum(1, keepdim=True) if routed else moved[:1].sum(1, keepdim=True)
@@ -216,6 +215,11 @@ class PrefixBackbone(Adapter):
             hidden = torch.tanh(F.linear(e, w1, b1))
             missing = rows.double() - self.rows(name).double()
             self.prefix_output[name].add_((torch.linalg.pinv(hidden) @ missing).t().to(self.prefix_output[name].dtype))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Put the rows of several sets one behind the other; those of one set are not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
 def _through(e: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
