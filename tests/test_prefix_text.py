@@ -12,8 +12,9 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from lit_peft import PrefixTuning
-from lit_peft.named import disabled
+from lit_peft import PrefixConfig, PrefixTuning
+from lit_peft.adapter import adapter_names
+from lit_peft.named import add_adapter, disabled
 from lit_peft.zoo import compose
 from tests.models import BOS, VOCAB, save_tiny, tiny
 from tests.test_prefix import host
@@ -127,6 +128,15 @@ def tables(module: Any) -> list[Tensor]:
     return [p for name, p in module.named_parameters() if "prefix_table" in name]
 
 
+@torch.no_grad()
+def test_a_network_yields_more_rows_than_it_reads_numbers(tmp_path: Path) -> None:
+    """100 rows out of embeddings of width 32, through a layer just as wide as there are rows."""
+    rows = host(started("llama", tmp_path / "a", 100, prefix_projection=False)).rows("default")
+    for width in (100, 512):
+        module = started("llama", tmp_path / "b", 100, encoder_hidden_size=width)
+        assert (host(module).rows("default") - rows).abs().max() < 1e-4 * rows.abs().max(), width
+
+
 def test_further_sets_start_from_a_text(tmp_path: Path) -> None:
     module = started("llama", tmp_path / "m", 5, prefix_projection=False)
     module.add_adapter("b", prefix={"num_virtual_tokens": 5, "init_text": TEXT, "prefix_projection": False})
@@ -145,6 +155,10 @@ def test_a_text_is_read_by_the_base_alone(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    placed = started("llama", tmp_path / "c", 5)
+    with pytest.raises(TypeError, match="Let the module add the adapter"):
+        add_adapter(placed.model, "b", PrefixConfig(num_virtual_tokens=3, prefix_projection=False, init_text=TEXT))
+    assert adapter_names(placed.model) == ["default"]
     with pytest.raises(ValueError, match="too narrow to yield the rows of a text of 40 tokens"):
         started("llama", tmp_path / "a", 40)
 

@@ -51,11 +51,12 @@ class PrefixTuning(PEFT):
         super().place_adapters()
         assert self.model is not None
         ids = self._text_ids() if self.prefix.init_text else []
-        cores = {} if self.prefix.gate is False else dict.fromkeys(attention_cores(self.model), self.prefix)
+        settings = replace(self.prefix, init_text="")
+        cores = {} if self.prefix.gate is False else dict.fromkeys(attention_cores(self.model), settings)
         causal = {path: is_causal(self.model, path) for path in cores}
-        join(self.model, dict.fromkeys(hosts(self.model), self.prefix), lambda base: PrefixBackbone, self.placing)
+        join(self.model, dict.fromkeys(hosts(self.model), settings), lambda base: PrefixBackbone, self.placing)
         for path in attention_cores(self.model) if cores else []:  # their paths have changed
-            join(self.model, {path: self.prefix}, lambda base: PrefixGate, self.placing)
+            join(self.model, {path: settings}, lambda base: PrefixGate, self.placing)
         gates = [adapter for _, adapter in named_adapters(self.model) if isinstance(adapter, PrefixGate)]
         for adapter, is_decoder in zip(gates, causal.values(), strict=True):
             adapter.causal = is_decoder

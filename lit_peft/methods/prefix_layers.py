@@ -38,6 +38,11 @@ class PrefixBackbone(Adapter):
 
     def add(self, name: str, config: PrefixConfig) -> None:
         """Make the rows, or the network that yields them, of another named set."""
+        if config.init_text:  # the method reads the text and starts the set; here there is no tokenizer
+            raise TypeError(
+                f"prefix.init_text is {config.init_text!r}, which needs a tokenizer. Let the module add the adapter: "
+                f"module.add_adapter({name!r}, prefix=...)."
+            )
         base = innermost(self.base)
         if config.shift_positions:
             check_room(base, config.num_virtual_tokens, "prefix.num_virtual_tokens")
