@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lit_peft.data.instructions import Instructions
 from lit_peft.named import adapters, routed
 from lit_peft.positions import own_positions, position_table, positions_of
 from lit_peft.prefixed import GATE, INDEX, KEYWORD, Prefix, attend
 from lit_peft.structure import walk
 from lit_peft.zoo import compose
 from tests.models import PAD, VOCAB, save_tiny, tiny
-from tests.test_methods import gradients, outputs, same, shake
+from tests.test_methods import gradients, outputs, quick_trainer, same, shake
 from tests.test_prefix import host, placed
 
 
@@ -118,6 +120,36 @@ def test_a_text_too_long_for_the_positions_that_are_left(tmp_path: Path) -> None
     module.model(input_ids=ids[:, :8])
     with pytest.raises(ValueError, match="text of 9 tokens behind a prefix of 8 is longer than the 16 positions"):
         module.model(input_ids=ids)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_texts_too_long_are_seen_before_training(packing: bool, tmp_path: Path) -> None:
+    folder = save_tiny("gpt2", tmp_path / "m", n_positions=48)
+    rows = [{"prompt": "a" * n, "completion": "yes"} for n in (1, 2, 3, 4, 12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for p, fits in ((2, True), (24, False)):
+        module: Any = compose("p_tuning_v2", "sft")(str(folder), prefix={"num_virtual_tokens": p}, lr=1e-2)
+        data = Instructions(
+            str(tmp_path / "rows.jsonl"), batch_size=1, packing=packing, val_fraction=0.0, max_length=46
+        )
+        steps = Steps()
+        trainer = quick_trainer(tmp_path, max_steps=1, callbacks=[steps])
+        if fits:
+            trainer.fit(module, data)
+            assert steps.number == 1
+        else:
+            with pytest.raises(ValueError, match=r"text of \d+ tokens behind a prefix of 24 is longer than the 48"):
+                trainer.fit(module, data)
+            assert steps.number == 0
+
+
+class Steps(Callback):
+    """Counts batches."""
+
+    number = 0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.number += 1
 
 
 @pytest.mark.parametrize("method", ["prefix", "p_tuning_v2", "mam", "unipelt"])

@@ -110,6 +110,22 @@ class PrefixTuning(PEFT):
             for module in training:
                 module.training = True
 
+    def on_fit_start(self) -> None:
+        """See that every text finds positions behind the prefix.
+
+        Raises:
+            ValueError: if one does not.
+        """
+        super().on_fit_start()
+        limited = [backbone for backbone in self._backbones(self.placing) if backbone.positions is not None]
+        if not limited or self.prefix.off or not self.prefix.shift_positions:
+            return
+        data: Any = getattr(self.trainer, "datamodule", None)
+        tables = (getattr(data, "tables", None) or {}).values()
+        longest = max((len(ids) for table in tables for ids in table["input_ids"]), default=0)
+        for backbone in limited:
+            backbone.check_length(longest, self.prefix.num_virtual_tokens)
+
     def fold_prefix(self, name: str = "default") -> None:
         """Replace the network of a prefix by the rows that it yields, as HF PEFT's folders hold them.
 

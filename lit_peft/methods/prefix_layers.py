@@ -180,7 +180,7 @@ class PrefixBackbone(Adapter):
             if given is None:
                 cache = kwargs.get("past_key_values")
                 past = 0 if cache is None else int(cache.get_seq_length())
-                self._check_length(text.shape[1] + past, sum(moving))
+                self.check_length(text.shape[1] + past, sum(moving))
                 given = own_positions(self.positions, text, past)
             kwargs["position_ids"] = given + moved
         out = self.base(*args, **{**kwargs, KEYWORD: prefix})
@@ -191,7 +191,12 @@ class PrefixBackbone(Adapter):
             )
         return out
 
-    def _check_length(self, length: int, p: int) -> None:
+    def check_length(self, length: int, p: int) -> None:
+        """See that a text behind p rows is no longer than a table of positions.
+
+        Raises:
+            ValueError: if it is.
+        """
         most = 0 if self.positions is None else positions_of(innermost(self.base), self.positions)
         if most and length + p > most:
             raise ValueError(
