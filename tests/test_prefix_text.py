@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from lit_peft import PrefixConfig, PrefixTuning
+from lit_peft import PrefixConfig, PrefixTuning, load
+from lit_peft.__main__ import main
 from lit_peft.adapter import adapter_names
 from lit_peft.named import add_adapter, disabled
 from lit_peft.zoo import compose
@@ -176,3 +178,26 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     module.tokenizer = lambda text, **options: {"input_ids": []}  # type: ignore[assignment]
     with pytest.raises(ValueError, match="has no tokens"):
         module.configure_model()
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "m")
+    rows = "".join(json.dumps({"prompt": f"say {n}", "completion": str(n)}) + "\n" for n in range(6))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    given = {
+        "method": "prefix",
+        "task": "sft",
+        "run_dir": tmp_path / "run",
+        "data.path": tmp_path / "rows.jsonl",
+        "trainer.max_steps": 1,
+        "trainer.accelerator": "cpu",
+        "model.backbone": folder,
+        "model.lr": 1e-8,
+        "model.prefix.init_text": TEXT,
+        "model.prefix.num_virtual_tokens": 6,
+    }
+    assert main(["fit", *(piece for key, value in given.items() for piece in (f"--{key}", str(value)))]) == 0
+    trained = load(tmp_path / "run", device="cpu")
+    expected = started("llama", tmp_path / "again", 6, prefix_projection=False)
+    assert trained.prefix.init_text == TEXT
+    assert torch.allclose(host(trained).rows("default"), host(expected).rows("default"), atol=1e-4)
