@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_peft import load
 from lit_peft.methods.prefix_layers import NETWORK, PrefixBackbone
 from lit_peft.named import adapters
-from lit_peft.verbs import export
+from lit_peft.verbs import export, inspect
 from lit_peft.virtual_tokens import ENCODER
 from lit_peft.zoo import compose
 from tests.models import PAD, VOCAB, _auto, save_tiny
@@ -247,3 +247,15 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gated.save_adapter(tmp_path / "gated")
     with pytest.raises(ValueError, match="HF PEFT has no prefix"):
         export.run(str(tmp_path / "gated"), str(tmp_path / "no"), backbone=str(folder))
+
+
+def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_tiny("llama", tmp_path / "llama")
+    ours(folder, "prefix", prefix=SHORT).save_adapter(tmp_path / "adapter")
+    inspect.run(str(tmp_path / "adapter"))
+    shown = capsys.readouterr().out
+    assert "virtual tokens outside of the layers" in shown
+    assert "in place" not in shown
+    ours(folder, "unipelt", prefix=SHORT).save_adapter(tmp_path / "stack")
+    inspect.run(str(tmp_path / "stack"))
+    assert "lora bias" not in capsys.readouterr().out
