@@ -28,7 +28,8 @@ from lit_peft import __version__
 from lit_peft.adapter import Adapter, innermost, named_adapters
 from lit_peft.forks import kind_of, renamed
 from lit_peft.targets import KEYS, OWN, bare, file_key, layer_settings, shortest_targets
-from lit_peft.tensor_files import check_same, load_tensors, repeats, shapes
+from lit_peft.tensor_files import check_same, load_json, load_tensors, repeats, shapes
+from lit_peft.virtual_tokens import ENCODER, encoder_keys, inward, lengthened, outward
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -87,18 +88,18 @@ def write(
     # (it places no adapters), else (a task's head) one that HF PEFT reads.
     in_place = [kind for kind in kinds if not owned(model, kind, name)]
     carrier = [*in_place, *(kind for kind in kinds if not kind.startswith("LIT_")), *kinds][0]
-    files: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
+    files: dict[str, tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]] = {}
     for kind, part in zip(kinds, parts, strict=True):
-        config, tensors = _part(model, part, declared if kind == carrier else {}, name)
+        config, tensors, encoder = outward(*_part(model, part, declared if kind == carrier else {}, name))
         config |= {
             "task_type": task_type,
             "base_model_name_or_path": base.get("name"),
             "revision": base.get("revision"),
             "inference_mode": True,
         }
-        if kind.startswith("LIT_"):
+        if config["peft_type"].startswith("LIT_"):
             config[VERSION] = FORMAT
-        files[_short(kind) if stacked else ""] = config, tensors
+        files[_short(kind) if stacked else ""] = config, tensors, encoder
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -110,11 +111,12 @@ def write(
             meta["settings"] = own
         if stacked:
             meta["stack"] = list(files)
-        for part_name, (config, tensors) in files.items():
+        for part_name, (config, tensors, encoder) in files.items():
             target = draft / part_name
             target.mkdir(exist_ok=True)
             _write_json(target / CONFIG, config)
-            save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+            for file, content in ((WEIGHTS, tensors), *([(ENCODER, encoder)] if encoder else [])):
+                save_file(content, target / file, metadata={"format": "pt"})
         _write_json(draft / META, meta)
         draft.chmod(0o755)  # mkdtemp's 0700 would lock others out
         _swap(draft, folder)
@@ -141,7 +143,7 @@ def _swap(draft: Path, folder: Path) -> None:
         draft.rename(folder)
         return
     if (folder / META).is_file():
-        old = [META, CONFIG, WEIGHTS, *_read_json(folder / META).get("stack", [])]
+        old = [META, CONFIG, WEIGHTS, ENCODER, *load_json(folder / META).get("stack", [])]
         for entry in [entry for entry in folder.iterdir() if entry.name not in old]:
             target = draft / entry.name  # what others keep beside the adapter (tokenizer, README) stays there
             shutil.copytree(entry, target) if entry.is_dir() else shutil.copy2(entry, target)
@@ -223,7 +225,7 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
     configs = []
     own = read_meta(folder).get("settings", {})
     for part in part_folders(folder):
-        config = _read_json(part / CONFIG)
+        config = load_json(part / CONFIG)
         if not config.get("peft_type"):
             raise ValueError(f"{part / CONFIG} has no peft_type, so the method is not known. Add it to the file.")
         version = config.pop(VERSION, 1)
@@ -231,7 +233,7 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{part} has format {version!r}, and this lit_peft reads {FORMAT}. Update it: pip install -U."
             )
-        keys = [_plain(key, part) for key in shapes(part / WEIGHTS)]
+        keys = [_plain(lengthened(config, key), part) for key in shapes(part / WEIGHTS)] + encoder_keys(part)
         configs.append({**config, KEYS: keys, OWN: own.get(config["peft_type"])})
     return configs
 
@@ -239,7 +241,7 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
 def read_meta(folder: str | Path) -> dict[str, Any]:
     """Return the contents of `lit_peft.json`, empty where another library wrote the folder."""
     path = Path(folder) / META
-    return _read_json(path) if path.is_file() else {}
+    return load_json(path) if path.is_file() else {}
 
 
 def part_folders(folder: str | Path) -> list[Path]:
@@ -252,24 +254,10 @@ def part_folders(folder: str | Path) -> list[Path]:
     if (folder / CONFIG).is_file():
         return [folder]
     if (folder / META).is_file():
-        return [folder / part for part in _read_json(folder / META).get("stack", [])]
+        return [folder / part for part in load_json(folder / META).get("stack", [])]
     raise FileNotFoundError(
         f"{folder} is no adapter folder: it has no {CONFIG}. Point to the folder that holds the file."
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist. Save the adapter again.")
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}. Restore the file.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file. Restore the file.") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must hold one JSON object, not {type(loaded).__name__}.")
-    return loaded
 
 
 def _plain(key: str, part: Path) -> str:
@@ -316,9 +304,10 @@ def read(
     in_place: list[tuple[Tensor, Tensor]] = []
     for part, config in zip(part_folders(folder), configs, strict=True):
         file = part / WEIGHTS
-        left = renamed(config, {_plain(key, part): tensor for key, tensor in load_tensors(file).items()})
-        left = {key: tensor for key, tensor in left.items() if not repeats(key, left)}
+        stored = {_plain(lengthened(config, key), part): tensor for key, tensor in load_tensors(file).items()}
         holders = owned(model, kind_of(config), name)
+        left = inward(part, config, renamed(config, stored), {bare(p): a.tensors(name).keys() for p, a in holders})
+        left = {key: tensor for key, tensor in left.items() if not repeats(key, left)}
         wrapped = {bare(path) for path, _ in holders}
         for path, adapter in holders:
             mine = {}
@@ -370,7 +359,7 @@ def check_base(folder: str | Path, base: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if they differ.
     """
-    config = _read_json(part_folders(folder)[0] / CONFIG)
+    config = load_json(part_folders(folder)[0] / CONFIG)
     noted = read_meta(folder).get("base", {})
     compare_bases({"name": config.get("base_model_name_or_path"), **{k: v for k, v in noted.items() if v}}, base)
 

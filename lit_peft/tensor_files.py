@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +23,26 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     shapes(path)
     tensors: dict[str, Tensor] = load_file(path)
     return tensors
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist. Save the adapter again.")
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}. Restore the file.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file. Restore the file.") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must hold one JSON object, not {type(loaded).__name__}.")
+    return loaded
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -20,8 +20,9 @@ from lit_peft.blocks import read
 from lit_peft.catalogue import FACTS
 from lit_peft.forks import kind_of
 from lit_peft.saved import locate, merge_summary, methods_of, read_checkpoint
-from lit_peft.targets import KEYS, bare
+from lit_peft.targets import KEYS, OWN, bare
 from lit_peft.tensor_files import load_tensors, shapes
+from lit_peft.virtual_tokens import TOKENS
 
 COLUMNS = 7  # norms beside each other that 80 characters hold
 # Adapters' own tensors are named method-first: lora_a, lora_A.weight, bitfit_bias, ...
@@ -58,7 +59,7 @@ def run(path: str) -> None:
         return
     contents = _checkpoint(found) if kind == "checkpoint" else _adapter(found)
     layers = _grouped(contents.tensors)
-    rest = {key: t for key, t in contents.tensors.items() if not _OWN.search(key)}
+    rest = {key: t for key, t in contents.tensors.items() if key != TOKENS and not _OWN.search(key)}
     contents.facts["weights"] = _size(contents.tensors, layers, rest)
     console.print(f"[bold]{escape(str(found))}[/bold]  {contents.title}")
     grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -134,7 +135,7 @@ _NOT_SETTINGS = {
         "inference_mode",
         "peft_version",
     ),
-    *("megatron_core", "qalora_group_size", "fan_in_fan_out", KEYS),
+    *("megatron_core", "qalora_group_size", "fan_in_fan_out", KEYS, OWN),
 }
 
 
@@ -182,11 +183,15 @@ def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Ten
     """Return `{method: {module path: {name: tensor}}}`; sets but the first are `method name`."""
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key in sorted(tensors):
+        path, _, leaf = key.rpartition(".")
+        if leaf == TOKENS:  # in HF PEFT's layout without a path
+            found.setdefault("virtual tokens", {})[path or "rows"] = {TOKENS: tensors[key]}
+            continue
         own = _OWN.search(key)
         if own is not None:
             name = key[own.end() :].removeprefix(".")  # of the set, in a checkpoint; adapter folders hold one set
-            label = own["method"] if name in ("", "weight", "default") else f"{own['method']} {name}"
-            leaf = own.group().removeprefix(".").lower()
+            label = own["method"] if name in ("", "weight", "bias", "default") else f"{own['method']} {name}"
+            leaf = own.group().removeprefix(".").lower() + ("_bias" if name == "bias" else "")
             found.setdefault(label, {}).setdefault(key[: own.start()], {})[leaf] = tensors[key]
     return found
 
