@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from lit_peft import __version__
 from lit_peft.adapter import Adapter, innermost, named_adapters
 from lit_peft.forks import kind_of, renamed
+from lit_peft.prompt_folders import EMBEDDINGS, ENCODER, ENCODER_KEYS, meant, root
 from lit_peft.targets import KEYS, OWN, bare, file_key, layer_settings, shortest_targets
 from lit_peft.tensor_files import check_same, load_tensors, repeats, shapes
 
@@ -87,9 +88,9 @@ def write(
     # (it places no adapters), else (a task's head) one that HF PEFT reads.
     in_place = [kind for kind in kinds if not owned(model, kind, name)]
     carrier = [*in_place, *(kind for kind in kinds if not kind.startswith("LIT_")), *kinds][0]
-    files: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
+    files: dict[str, tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]] = {}
     for kind, part in zip(kinds, parts, strict=True):
-        config, tensors = _part(model, part, declared if kind == carrier else {}, name)
+        config, tensors, encoder = _part(model, part, declared if kind == carrier else {}, name)
         config |= {
             "task_type": task_type,
             "base_model_name_or_path": base.get("name"),
@@ -98,23 +99,25 @@ def write(
         }
         if kind.startswith("LIT_"):
             config[VERSION] = FORMAT
-        files[_short(kind) if stacked else ""] = config, tensors
+        files[_short(kind) if stacked else ""] = config, tensors, encoder
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         meta = {**(notes or {}), "lit_peft_version": __version__, "base": dict(base)}
-        own = {kind: part[OWN] for kind, part in zip(kinds, parts, strict=True) if part.get(OWN)}
+        own = {meant(kind): part[OWN] for kind, part in zip(kinds, parts, strict=True) if part.get(OWN)}
         if own:
             meta["settings"] = own
         if stacked:
             meta["stack"] = list(files)
-        for part_name, (config, tensors) in files.items():
+        for part_name, (config, tensors, encoder) in files.items():
             target = draft / part_name
             target.mkdir(exist_ok=True)
             _write_json(target / CONFIG, config)
             save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+            if encoder:
+                save_file(encoder, target / ENCODER, metadata={"format": "pt"})
         _write_json(draft / META, meta)
         draft.chmod(0o755)  # mkdtemp's 0700 would lock others out
         _swap(draft, folder)
@@ -141,7 +144,7 @@ def _swap(draft: Path, folder: Path) -> None:
         draft.rename(folder)
         return
     if (folder / META).is_file():
-        old = [META, CONFIG, WEIGHTS, *_read_json(folder / META).get("stack", [])]
+        old = [META, CONFIG, WEIGHTS, ENCODER, *_read_json(folder / META).get("stack", [])]
         for entry in [entry for entry in folder.iterdir() if entry.name not in old]:
             target = draft / entry.name  # what others keep beside the adapter (tokenizer, README) stays there
             shutil.copytree(entry, target) if entry.is_dir() else shutil.copy2(entry, target)
@@ -165,8 +168,9 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _part(
     model: nn.Module, part: Mapping[str, Any], declared: Mapping[str, Tensor], name: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
+    encoder: dict[str, Tensor] = {}
     paths = []
     layers: dict[str, Mapping[str, Any]] = {}
     config = dict(part)
@@ -178,18 +182,28 @@ def _part(
         for key, entries in adapter.settings(bare(path), name).items():
             config[key] = {**(config.get(key) or {}), **entries}
         for leaf, tensor in adapter.tensors(name).items():
-            tensors[f"{PREFIX}{bare(path)}.{leaf}"] = _full(tensor)
+            tensors[_stored(PREFIX, path, leaf)] = _full(tensor)
+        for leaf, tensor in adapter.companion_tensors(name).items():
+            encoder[f"{bare(path)}.{leaf}"] = _full(tensor)
     for path, tensor in declared.items():
-        tensors[f"{PREFIX}{file_key(path, paths)}"] = _full(tensor)
+        tensors[f"{root(part['peft_type'])}{file_key(path, paths)}"] = _full(tensor)
     config |= layer_settings(layers)
     config.pop(OWN, None)
-    if paths:
+    if paths and root(part["peft_type"]) == PREFIX:  # a prompt has no target layers
         # A method of ours may keep the user's own words; what PEFT reads must name exactly the adapted layers.
         config.setdefault("target_modules", shortest_targets(paths, [bare(path) for path, _ in model.named_modules()]))
     if paths and declared:
         config["modules_to_save"] = _whole_modules(model, declared) or None
     # One copy each: safetensors refuses tensors that share memory (tied weights are trained and saved once).
-    return config, {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
+    return config, *(
+        {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in found.items()}
+        for found in (tensors, encoder)
+    )
+
+
+def _stored(start: str, path: str, leaf: str) -> str:
+    """Return the name of an adapter's tensor in a file."""
+    return leaf if leaf == EMBEDDINGS else f"{start}{bare(path)}.{leaf}"
 
 
 def _full(tensor: Tensor) -> Tensor:
@@ -207,7 +221,8 @@ def _whole_modules(model: nn.Module, declared: Mapping[str, Tensor]) -> list[str
 
 def owned(model: nn.Module, peft_type: str, name: str) -> list[tuple[str, Adapter]]:
     """Return the adapters of one kind that hold a named set, with their paths."""
-    return [(path, a) for path, a in named_adapters(model) if a.peft_type == peft_type and name in a.configs]
+    kind = meant(peft_type)
+    return [(path, a) for path, a in named_adapters(model) if a.peft_type == kind and name in a.configs]
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -231,8 +246,10 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{part} has format {version!r}, and this lit_peft reads {FORMAT}. Update it: pip install -U."
             )
-        keys = [_plain(key, part) for key in shapes(part / WEIGHTS)]
-        configs.append({**config, KEYS: keys, OWN: own.get(config["peft_type"])})
+        kind = config["peft_type"] = meant(config["peft_type"])
+        keys = [_plain(key, part, kind) for key in shapes(part / WEIGHTS)]
+        beside = {ENCODER_KEYS: list(shapes(part / ENCODER))} if (part / ENCODER).is_file() else {}
+        configs.append({**config, **beside, KEYS: keys, OWN: own.get(kind)})
     return configs
 
 
@@ -272,10 +289,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _plain(key: str, part: Path) -> str:
-    if not key.startswith(PREFIX):
-        raise ValueError(f"{part / WEIGHTS} has the key {key!r}; every key must start with {PREFIX!r}.")
-    return key.removeprefix(PREFIX)
+def _plain(key: str, part: Path, kind: str) -> str:
+    if key == EMBEDDINGS:
+        return key
+    start = root(kind)
+    if not key.startswith(start):
+        raise ValueError(f"{part / WEIGHTS} has the key {key!r}; every key must start with {start!r}.")
+    return key.removeprefix(start)
 
 
 def read(
@@ -303,7 +323,7 @@ def read(
         ValueError: if the base, the methods, the layers, the keys or the shapes do not fit.
     """
     check_base(folder, base)
-    here = {*kinds, *(a.peft_type for _, a in named_adapters(model) if name in a.configs)} - {""}
+    here = {*map(meant, kinds), *(a.peft_type for _, a in named_adapters(model) if name in a.configs)} - {""}
     configs = read_configs(folder)
     found = {kind_of(config) for config in configs}
     if found != here:
@@ -312,19 +332,21 @@ def read(
             "Use the method that the adapter was made with."
         )
     unfilled = dict(declared)
-    fitting: list[tuple[Adapter, dict[str, Tensor]]] = []
+    fitting: list[tuple[Adapter, dict[str, Tensor], dict[str, Tensor]]] = []
     in_place: list[tuple[Tensor, Tensor]] = []
     for part, config in zip(part_folders(folder), configs, strict=True):
         file = part / WEIGHTS
-        left = renamed(config, {_plain(key, part): tensor for key, tensor in load_tensors(file).items()})
+        kind = kind_of(config)
+        left = renamed(config, {_plain(key, part, kind): tensor for key, tensor in load_tensors(file).items()})
+        encoder = load_tensors(part / ENCODER) if ENCODER_KEYS in config else {}
         left = {key: tensor for key, tensor in left.items() if not repeats(key, left)}
-        holders = owned(model, kind_of(config), name)
+        holders = owned(model, kind, name)
         wrapped = {bare(path) for path, _ in holders}
         for path, adapter in holders:
             mine = {}
-            stored = {leaf: left[key] for leaf in adapter.tensors(name) if (key := f"{bare(path)}.{leaf}") in left}
+            stored = {leaf: left[key] for leaf in adapter.tensors(name) if (key := _stored("", path, leaf)) in left}
             for leaf, shape in adapter.shapes(stored, name).items():
-                key = f"{bare(path)}.{leaf}"
+                key = _stored("", path, leaf)
                 if key not in left:
                     raise ValueError(
                         f"{file} lacks {key!r}, for a layer that is adapted here. Is it another adapter's?"
@@ -332,7 +354,16 @@ def read(
                 mine[leaf] = _fit(file, key, shape, left.pop(key))
             adapter.check_tensors(mine, name)
             adapter.check_config(bare(path), config, name)
-            fitting.append((adapter, mine))
+            network = {}
+            for leaf, tensor in adapter.companion_tensors(name).items():
+                key = f"{bare(path)}.{leaf}"
+                if key not in encoder:
+                    raise ValueError(
+                        f"{part} lacks {key!r} of the network that its rows came out of (HF PEFT does not keep it). "
+                        "Load it into a module made with adapter=FOLDER, which trains the rows themselves."
+                    )
+                network[leaf] = _fit(part / ENCODER, key, tensor.shape, encoder[key])
+            fitting.append((adapter, mine, network))
             copied = left.pop(f"{bare(path)}.base_layer.weight", None)  # PEFT repeats the tables that it adapts
             if copied is not None:
                 check_same(file, bare(path), innermost(adapter).get_parameter("weight").detach(), copied)
@@ -351,8 +382,9 @@ def read(
     if unfilled and copy:
         raise ValueError(f"{folder} lacks the weight {sorted(unfilled)[0]!r}, which is trained on this model.")
     with torch.no_grad():
-        for adapter, mine in fitting:
+        for adapter, mine, network in fitting:
             adapter.load_tensors(mine, name)
+            adapter.load_companion_tensors(network, name)
         for target, tensor in in_place:
             target.copy_(tensor)
 

@@ -172,7 +172,7 @@ def _task(task: str | None, kind: str, folder: Path) -> str:
 def _labels(configs: list[dict[str, Any]], folder: Path, backbone: str, revision: str | None) -> list[str]:
     """Return the names of the classes: the base's own where it has as many as the saved head."""
     stored = {
-        key.removeprefix(hub.PREFIX): shape
+        key.removeprefix(hub.PREFIX).removeprefix("base_model."): shape
         for part in hub.part_folders(folder)
         for key, shape in shapes(part / hub.WEIGHTS).items()
     }
