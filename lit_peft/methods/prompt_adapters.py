@@ -154,10 +154,9 @@ class PromptBackbone(Adapter):
         if given is not None:
             kwargs["position_ids"] = layout.positions(given.expand(batch, -1))
         types = kwargs.get("token_type_ids")
-        if types is not None:
-            kwargs["token_type_ids"] = layout.numbers(
-                types, *(layout.per_text(types[:, :1].expand(-1, place.length)) for place in (front, behind))
-            )
+        if types is not None:  # the first part's, as in HF PEFT
+            none = (types.new_zeros(batch, place.length) for place in (front, behind))
+            kwargs["token_type_ids"] = layout.numbers(types, *(layout.per_text(part) for part in none))
         embeds = layout.embeds(inputs_embeds, *made)
         out = self.base(input_ids=None, attention_mask=attention_mask, inputs_embeds=embeds, **kwargs)
         if self.keeps_prompt:
