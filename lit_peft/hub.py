@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from lit_peft import __version__
 from lit_peft.adapter import Adapter, innermost, named_adapters
 from lit_peft.forks import kind_of, renamed
-from lit_peft.prompt_folders import EMBEDDINGS, ENCODER, ENCODER_KEYS, meant, root
-from lit_peft.targets import KEYS, OWN, bare, file_key, layer_settings, shortest_targets
-from lit_peft.tensor_files import check_same, load_tensors, repeats, shapes
+from lit_peft.prompt_folders import EMBEDDINGS, ENCODER, ENCODER_KEYS, meant, root, stored_key
+from lit_peft.targets import KEYS, OWN, bare, file_key, layer_settings, shortest_targets, whole_modules
+from lit_peft.tensor_files import check_same, load_tensors, read_json, repeats, shapes
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -144,7 +144,7 @@ def _swap(draft: Path, folder: Path) -> None:
         draft.rename(folder)
         return
     if (folder / META).is_file():
-        old = [META, CONFIG, WEIGHTS, ENCODER, *_read_json(folder / META).get("stack", [])]
+        old = [META, CONFIG, WEIGHTS, ENCODER, *read_json(folder / META).get("stack", [])]
         for entry in [entry for entry in folder.iterdir() if entry.name not in old]:
             target = draft / entry.name  # what others keep beside the adapter (tokenizer, README) stays there
             shutil.copytree(entry, target) if entry.is_dir() else shutil.copy2(entry, target)
@@ -182,41 +182,27 @@ def _part(
         for key, entries in adapter.settings(bare(path), name).items():
             config[key] = {**(config.get(key) or {}), **entries}
         for leaf, tensor in adapter.tensors(name).items():
-            tensors[_stored(PREFIX, path, leaf)] = _full(tensor)
+            tensors[stored_key(PREFIX, bare(path), leaf)] = full(tensor)
         for leaf, tensor in adapter.companion_tensors(name).items():
-            encoder[f"{bare(path)}.{leaf}"] = _full(tensor)
+            encoder[f"{bare(path)}.{leaf}"] = full(tensor)
     for path, tensor in declared.items():
-        tensors[f"{root(part['peft_type'])}{file_key(path, paths)}"] = _full(tensor)
+        tensors[f"{root(part['peft_type'])}{file_key(path, paths)}"] = full(tensor)
     config |= layer_settings(layers)
     config.pop(OWN, None)
     if paths and root(part["peft_type"]) == PREFIX:  # a prompt has no target layers
         # A method of ours may keep the user's own words; what PEFT reads must name exactly the adapted layers.
         config.setdefault("target_modules", shortest_targets(paths, [bare(path) for path, _ in model.named_modules()]))
     if paths and declared:
-        config["modules_to_save"] = _whole_modules(model, declared) or None
+        config["modules_to_save"] = whole_modules(dict(model.named_modules()), declared) or None
     # One copy each: safetensors refuses tensors that share memory (tied weights are trained and saved once).
-    return config, *(
-        {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in found.items()}
-        for found in (tensors, encoder)
-    )
+    copies = [{k: t.detach().to("cpu").contiguous().clone() for k, t in part.items()} for part in (tensors, encoder)]
+    return config, copies[0], copies[1]
 
 
-def _stored(start: str, path: str, leaf: str) -> str:
-    """Return the name of an adapter's tensor in a file."""
-    return leaf if leaf == EMBEDDINGS else f"{start}{bare(path)}.{leaf}"
-
-
-def _full(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor; every rank must come here together."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
-
-
-def _whole_modules(model: nn.Module, declared: Mapping[str, Tensor]) -> list[str]:
-    """Return the paths of the largest modules whose parameters are all declared."""
-    inside = {path: {f"{path}.{key}" for key, _ in module.named_parameters()} for path, module in model.named_modules()}
-    whole = {path for path, names in inside.items() if path and names and declared.keys() >= names}
-    return sorted(bare(path) for path in whole if path.rpartition(".")[0] not in whole)
 
 
 def owned(model: nn.Module, peft_type: str, name: str) -> list[tuple[str, Adapter]]:
@@ -238,7 +224,7 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
     configs = []
     own = read_meta(folder).get("settings", {})
     for part in part_folders(folder):
-        config = _read_json(part / CONFIG)
+        config = read_json(part / CONFIG)
         if not config.get("peft_type"):
             raise ValueError(f"{part / CONFIG} has no peft_type, so the method is not known. Add it to the file.")
         version = config.pop(VERSION, 1)
@@ -256,7 +242,7 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
 def read_meta(folder: str | Path) -> dict[str, Any]:
     """Return the contents of `lit_peft.json`, empty where another library wrote the folder."""
     path = Path(folder) / META
-    return _read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def part_folders(folder: str | Path) -> list[Path]:
@@ -269,24 +255,10 @@ def part_folders(folder: str | Path) -> list[Path]:
     if (folder / CONFIG).is_file():
         return [folder]
     if (folder / META).is_file():
-        return [folder / part for part in _read_json(folder / META).get("stack", [])]
+        return [folder / part for part in read_json(folder / META).get("stack", [])]
     raise FileNotFoundError(
         f"{folder} is no adapter folder: it has no {CONFIG}. Point to the folder that holds the file."
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist. Save the adapter again.")
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}. Restore the file.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file. Restore the file.") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must hold one JSON object, not {type(loaded).__name__}.")
-    return loaded
 
 
 def _plain(key: str, part: Path, kind: str) -> str:
@@ -344,9 +316,11 @@ def read(
         wrapped = {bare(path) for path, _ in holders}
         for path, adapter in holders:
             mine = {}
-            stored = {leaf: left[key] for leaf in adapter.tensors(name) if (key := _stored("", path, leaf)) in left}
+            stored = {
+                leaf: left[key] for leaf in adapter.tensors(name) if (key := stored_key("", bare(path), leaf)) in left
+            }
             for leaf, shape in adapter.shapes(stored, name).items():
-                key = _stored("", path, leaf)
+                key = stored_key("", bare(path), leaf)
                 if key not in left:
                     raise ValueError(
                         f"{file} lacks {key!r}, for a layer that is adapted here. Is it another adapter's?"
@@ -354,16 +328,15 @@ def read(
                 mine[leaf] = _fit(file, key, shape, left.pop(key))
             adapter.check_tensors(mine, name)
             adapter.check_config(bare(path), config, name)
-            network = {}
-            for leaf, tensor in adapter.companion_tensors(name).items():
-                key = f"{bare(path)}.{leaf}"
-                if key not in encoder:
-                    raise ValueError(
-                        f"{part} lacks {key!r} of the network that its rows came out of (HF PEFT does not keep it). "
-                        "Load it into a module made with adapter=FOLDER, which trains the rows themselves."
-                    )
-                network[leaf] = _fit(part / ENCODER, key, tensor.shape, encoder[key])
-            fitting.append((adapter, mine, network))
+            network = {leaf: (f"{bare(path)}.{leaf}", t) for leaf, t in adapter.companion_tensors(name).items()}
+            lost = [key for key, _ in network.values() if key not in encoder]
+            if lost:
+                raise ValueError(
+                    f"{part} lacks {lost[0]!r} of the network that its rows came out of (HF PEFT does not keep it). "
+                    "Load it into a module made with adapter=FOLDER, which trains the rows themselves."
+                )
+            beside = {k: _fit(part / ENCODER, key, t.shape, encoder[key]) for k, (key, t) in network.items()}
+            fitting.append((adapter, mine, beside))
             copied = left.pop(f"{bare(path)}.base_layer.weight", None)  # PEFT repeats the tables that it adapts
             if copied is not None:
                 check_same(file, bare(path), innermost(adapter).get_parameter("weight").detach(), copied)
@@ -382,9 +355,9 @@ def read(
     if unfilled and copy:
         raise ValueError(f"{folder} lacks the weight {sorted(unfilled)[0]!r}, which is trained on this model.")
     with torch.no_grad():
-        for adapter, mine, network in fitting:
+        for adapter, mine, beside in fitting:
             adapter.load_tensors(mine, name)
-            adapter.load_companion_tensors(network, name)
+            adapter.load_companion_tensors(beside, name)
         for target, tensor in in_place:
             target.copy_(tensor)
 
@@ -402,7 +375,7 @@ def check_base(folder: str | Path, base: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if they differ.
     """
-    config = _read_json(part_folders(folder)[0] / CONFIG)
+    config = read_json(part_folders(folder)[0] / CONFIG)
     noted = read_meta(folder).get("base", {})
     compare_bases({"name": config.get("base_model_name_or_path"), **{k: v for k, v in noted.items() if v}}, base)
 

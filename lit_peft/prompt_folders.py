@@ -28,3 +28,8 @@ def meant(peft_type: str) -> str:
 def root(peft_type: str) -> str:
     """Return what the names of the base's own weights begin with in a folder of this kind."""
     return _ROOTS.get(meant(peft_type), "base_model.model.")
+
+
+def stored_key(start: str, path: str, leaf: str) -> str:
+    """Return the name of an adapter's tensor in a file: a prompt has no path."""
+    return leaf if leaf == EMBEDDINGS else f"{start}{path}.{leaf}"

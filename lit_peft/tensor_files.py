@@ -1,9 +1,11 @@
-"""Files of tensors, read with errors that say what is wrong; and what HF PEFT stores beside an adapter's own."""
+"""Files of tensors and settings, read with errors that say what is wrong; what HF PEFT stores beside an adapter's."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,3 +59,23 @@ def check_same(file: Path, path: str, base: Tensor, copied: Tensor) -> None:
             f"{file} holds a weight of its own for {path!r}, which is not this base model's. Was its vocabulary "
             "resized, or is it an adapter of another base model?"
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        ValueError: if it holds something else.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist. Save the adapter again.")
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}. Restore the file.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file. Restore the file.") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must hold one JSON object, not {type(loaded).__name__}.")
+    return loaded

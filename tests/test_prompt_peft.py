@@ -98,7 +98,8 @@ def test_peft_reads_our_folder(base: Path, kind: str, task: str, method: str, tm
     shake(module)
     folder = module.save_adapter(tmp_path / "saved")
     stored = load_file(folder / hub.WEIGHTS)
-    assert EMBEDDINGS in stored and stored[EMBEDDINGS].shape == (P, 32)
+    assert EMBEDDINGS in stored
+    assert stored[EMBEDDINGS].shape == (P, 32)
     assert (folder / ENCODER).is_file() == (method == "p_tuning")
     config = json.loads((folder / hub.CONFIG).read_text())
     assert config["peft_type"] == {"prompt": "PROMPT_TUNING", "p_tuning": "P_TUNING"}[method]
@@ -141,7 +142,9 @@ def test_we_read_pefts_folder(
     again = ours(base, task, method, adapter=str(module.save_adapter(tmp_path / "back")))
     same_logits(again, other, kind, task)
     if kind != "t5":
-        back = PeftModel.from_pretrained(tiny(kind, "classification" if task == "classification" else "lm"), tmp_path / "back")  # type: ignore[arg-type]
+        back = PeftModel.from_pretrained(
+            tiny(kind, "classification" if task == "classification" else "lm"), tmp_path / "back"
+        )  # type: ignore[arg-type]
         same_logits(again, back.eval(), kind, task)
 
 
@@ -222,7 +225,8 @@ def test_training_goes_on_from_a_folder(tmp_path: Path) -> None:
     saved = module.save_adapter(tmp_path / "saved")
     again = ours(folder, "sft", "p_tuning", adapter=str(saved))
     mine, found = dict(host(module).own_parameters()), dict(host(again).own_parameters())
-    assert mine.keys() == found.keys() and len(mine) > 10
+    assert mine.keys() == found.keys()
+    assert len(mine) > 10
     assert all(torch.equal(found[name], parameter) for name, parameter in mine.items())
     assert again.prompt == module.prompt
     shutil.copytree(saved, tmp_path / "bare")
@@ -253,7 +257,8 @@ def test_what_peft_cannot_say_it_refuses(method: str, settings: dict[str, Any], 
     with pytest.raises(Exception, match="LIT_"):
         PeftModel.from_pretrained(tiny("llama"), saved)  # type: ignore[arg-type]
     again = load(saved, backbone=str(folder))
-    assert again.prompt == module.prompt and again.text_template == module.text_template
+    assert again.prompt == module.prompt
+    assert again.text_template == module.text_template
     rows = inputs("llama", "sft")
     if settings.get("template"):
         rows["input_ids"][:, [0, 3, 4, 5]] = 1 << 30

@@ -208,7 +208,10 @@ class Instructions(Rows):
             answer = self._answer_ids(messages[k]["content"])
             self._counts["truncated"] += len(prompt) > self.max_length or len(answer) > self.max_length
             self._counts["answers_cut"] += len(answer) > self.max_length
-            yield {"input_ids": shortened(prompt, self.max_length, self.truncation), "labels": answer[: self.max_length]}
+            yield {
+                "input_ids": shortened(prompt, self.max_length, self.truncation),
+                "labels": answer[: self.max_length],
+            }
 
     def rows(self, split: str = "train") -> EncodedRows:
         """Return the encoded rows of `train`, `validation` or `test`; test rows behind their examples, if asked.

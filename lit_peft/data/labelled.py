@@ -165,12 +165,12 @@ class Labelled(Rows):
                     made = self.tokenizer(*words, truncation="longest_first", max_length=limit, verbose=False)
             self._counts["tokens"] += len(made["input_ids"])
             self._counts["trained_tokens"] += 1
-            kept = {name: made[name] for name in ("input_ids", "token_type_ids") if name in made}
+            kept: dict[str, Any] = {name: made[name] for name in ("input_ids", "token_type_ids") if name in made}
             yield {**kept, "label": number[namer(row[label])]}
 
         return encode
 
-    def _inside(self, template: str, words: list[str], limit: int) -> dict[str, list[int]]:
+    def _inside(self, template: str, words: list[str], limit: int) -> dict[str, Any]:
         """Return the tokens of texts inside a template; where they are too long, the longest text loses its end."""
         tokenizer, mark = marked(self.tokenizer)
         words, cut = list(words), False

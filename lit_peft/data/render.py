@@ -52,9 +52,7 @@ class Renderer:
         ...                                     {"role": "assistant", "content": "4"}])  # doctest: +SKIP
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all", text_template: str = ""
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all", text_template: str = "") -> None:
         self.tokenizer, self._mark = marked(tokenizer) if text_template else (tokenizer, -1)
         self.train_on = train_on
         self.text_template = text_template

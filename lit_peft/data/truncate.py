@@ -13,8 +13,8 @@ CUE = 8  # tokens kept before an answer: the template's "assistant turn begins h
 def truncate(ids: list[int], mask: list[bool], max_length: int, side: Side = "right") -> tuple[list[int], list[bool]]:
     """Shorten a row to `max_length` tokens, keeping an answer and the cue just before it.
 
-    Pseudo tokens of a prompt stay. `right` drops what comes last (later turns, then the end of the prompt), `left` what comes first (earlier turns,
-    then the start of the prompt). Only an answer that is too long by itself is cut, on its right.
+    `right` drops what comes last (later turns, then the end of the prompt), `left` what comes first (earlier turns,
+    then the start of the prompt). Only an answer that is too long by itself is cut, on its right. Pseudo tokens stay.
 
     Args:
         ids: Token ids.

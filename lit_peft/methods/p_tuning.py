@@ -8,6 +8,7 @@ What is read in the end is P alone. With `tune_base` the model itself is trained
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lit_peft.adapter import innermost, named_adapters, remember, scope_of
+from lit_peft.hub import full
 from lit_peft.methods.prompt import PromptConfig, PromptTuning
 from lit_peft.methods.prompt_adapters import PromptBackbone
 from lit_peft.prompt_folders import EMBEDDINGS, ENCODER_KEYS
@@ -102,7 +104,7 @@ class PromptEncoder(nn.ModuleDict):
         else:
             widths = [d, *[config.encoder_hidden_size or d] * (config.encoder_num_layers - 1), d]
         parts: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in itertools.pairwise(widths):
             parts += [nn.Linear(before, after), nn.ReLU()]
         self["mlp"] = nn.Sequential(*parts[:-1])
 
@@ -144,7 +146,7 @@ class PTuningBackbone(PromptBackbone):
         """Return P, all that HF PEFT keeps."""
         if name not in self.prompt_encoder:
             return super().tensors(name)
-        made = {key: _whole(value) for key, value in self.companion_tensors(name).items()}
+        made = {key: full(value) for key, value in self.companion_tensors(name).items()}
         rows = made.pop("prompt_embedding")
         weights = {key.removeprefix("prompt_encoder."): value for key, value in made.items()}
         encoder = self.prompt_encoder[name]
@@ -168,11 +170,6 @@ class PTuningBackbone(PromptBackbone):
         weights = self.prompt_encoder[name].named_parameters()
         encoder = {f"prompt_encoder.{key}": value.detach() for key, value in weights}
         return {"prompt_embedding": self.prompt_embedding[name].detach(), **encoder}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 class PTuning(PromptTuning):
@@ -202,7 +199,9 @@ class PTuning(PromptTuning):
             own = {id(p) for _, adapter in named_adapters(self.model) for _, p in adapter.own_parameters()}
             remember(self.model, ((n, p) for n, p in self.model.named_parameters() if id(p) not in own))
         elif self.prompt.tune_base:
-            scope_of(self.model).irreversible = (
+            scope_of(
+                self.model
+            ).irreversible = (
                 "prompt.tune_base overwrites the base, so it cannot be given back. Set prompt.keep_base=True."
             )
 

@@ -154,7 +154,7 @@ class PromptTuning(PEFT):
                     longest = max((len(ids) for t in data.tables.values() for ids in t["input_ids"]), default=0)
                     if longest > most:
                         raise ValueError(
-                            f"The longest text has {longest} tokens, and beside a prompt of {config.num_virtual_tokens} "
+                            f"The longest text has {longest} tokens; beside a prompt of {config.num_virtual_tokens} "
                             f"this model has positions for {most}. Set data.max_length to {most} or less."
                         )
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.adapter import Adapter, innermost
-from lit_peft.methods.prompt_layout import Block, Layout, block, padded_starts, rows_of, text_starts
+from lit_peft.methods.prompt_layout import Layout, block, padded_starts, rows_of, text_starts
 from lit_peft.prompt_folders import EMBEDDINGS
 from lit_peft.sites import geometry
 from lit_peft.template import SLOT
@@ -128,14 +128,14 @@ class PromptBackbone(Adapter):
                 attention_mask = Layout(batch, attention_mask.shape[1], front, behind, starts).mask(attention_mask)
             if given is not None:
                 kwargs["position_ids"] = given + front.count() + behind.count()
-            return self.base(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-            )
+            return self.base(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         starts = None if attention_mask is None else padded_starts(attention_mask)
-        if attention_mask is None and self._packed(given):
+        if attention_mask is None and given is not None and self._packed(given):
             if behind.seen is not None:
-                raise ValueError("Rows of several texts cannot have different prompts behind their first tokens. Route "
-                                 "them without packing.")
+                raise ValueError(
+                    "Rows of several texts cannot have different prompts behind their first tokens. Route "
+                    "them without packing."
+                )
             starts = text_starts(given.expand(batch, -1))
         layout = Layout(batch, length, front, behind, starts)
         if self.room is not None and layout.total > self.room and not self._packed(given):

@@ -108,7 +108,6 @@ class Layout:
         )
         self.source = source
 
-
     def embeds(self, own: Tensor, front: Tensor | None, behind: Tensor | None) -> Tensor:
         """Return the embeddings of the whole, (batch, total, d)."""
         if self.starts is None:
@@ -128,7 +127,9 @@ class Layout:
             behind: (texts, q).
         """
         if self.starts is None:
-            return torch.cat([front, own[:, :1], behind, own[:, 1:]], 1) if behind.shape[1] else torch.cat([front, own], 1)
+            return (
+                torch.cat([front, own[:, :1], behind, own[:, 1:]], 1) if behind.shape[1] else torch.cat([front, own], 1)
+            )
         made = own.new_zeros(self.batch, self.total).scatter_(1, self.columns, own)
         made[self.rows[:, None], self.fronts] = front.to(own.dtype)
         made[self.rows[:, None], self.behinds] = behind.to(own.dtype)
