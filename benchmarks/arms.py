@@ -37,6 +37,8 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora": ("LoRA on bitsandbytes", {}),
     "adalora": ("AdaLoRA", {}),
     "ia3": ("IA3", {}),
+    "prompt": ("prompt tuning", {}),
+    "p_tuning": ("P-tuning", {"encoder_reparameterization_type": "LSTM"}),
 }
 FLOOR = "frozen base"
 
@@ -201,6 +203,12 @@ def _config(method: str, setting: Setting, settings: dict[str, Any]) -> Any:
     known: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     if method == "ia3":
         return peft.IA3Config(**known)
+    if FACTS[method].keyword == "prompt":
+        known["num_virtual_tokens"] = imported(FACTS[method].config)().num_virtual_tokens
+        if method == "prompt":
+            return peft.PromptTuningConfig(**known)
+        width = backbones.load_config(setting.backbone).hidden_size  # half of it in each direction, as in the paper
+        return peft.PromptEncoderConfig(encoder_hidden_size=width // 2, **known, **settings)
     known["target_modules"] = "all-linear"
     if method == "adalora":
         mine = asdict(imported(FACTS[method].config)())

@@ -212,15 +212,6 @@ class Adapter(nn.Module):
                 raise ValueError(f"Shapes differ for {key!r}: {shapes}. Is it an adapter of another base model?")
             target.copy_(tensors[key])
 
-    def companion_tensors(self, name: str = "default") -> dict[str, Tensor]:
-        """Return what HF PEFT does not keep of one named set and training needs; it is written beside PEFT's file."""
-        return {}
-
-    def load_companion_tensors(self, tensors: Mapping[str, Tensor], name: str = "default") -> None:
-        """Copy what `companion_tensors` gave into one named set."""
-        for key, target in self.companion_tensors(name).items():
-            target.copy_(tensors[key])
-
     def combined(
         self, names: Sequence[str], weights: Sequence[float], how: str, **options: Any
     ) -> tuple[Any, dict[str, Tensor]]:

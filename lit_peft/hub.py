@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from lit_peft import __version__
 from lit_peft.adapter import Adapter, innermost, named_adapters
 from lit_peft.forks import kind_of, renamed
-from lit_peft.prompt_folders import EMBEDDINGS, ENCODER, ENCODER_KEYS, meant, root, stored_key
-from lit_peft.targets import KEYS, OWN, bare, file_key, layer_settings, shortest_targets, whole_modules
-from lit_peft.tensor_files import check_same, load_tensors, read_json, repeats, shapes
+from lit_peft.targets import KEYS, OWN, bare, file_key, layer_settings, shortest_targets
+from lit_peft.tensor_files import check_same, load_json, load_tensors, repeats, shapes
+from lit_peft.virtual_tokens import ENCODER, encoder_keys, inward, lengthened, outward
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -90,14 +90,14 @@ def write(
     carrier = [*in_place, *(kind for kind in kinds if not kind.startswith("LIT_")), *kinds][0]
     files: dict[str, tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]] = {}
     for kind, part in zip(kinds, parts, strict=True):
-        config, tensors, encoder = _part(model, part, declared if kind == carrier else {}, name)
+        config, tensors, encoder = outward(*_part(model, part, declared if kind == carrier else {}, name))
         config |= {
             "task_type": task_type,
             "base_model_name_or_path": base.get("name"),
             "revision": base.get("revision"),
             "inference_mode": True,
         }
-        if kind.startswith("LIT_"):
+        if config["peft_type"].startswith("LIT_"):
             config[VERSION] = FORMAT
         files[_short(kind) if stacked else ""] = config, tensors, encoder
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
@@ -106,7 +106,7 @@ def write(
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         meta = {**(notes or {}), "lit_peft_version": __version__, "base": dict(base)}
-        own = {meant(kind): part[OWN] for kind, part in zip(kinds, parts, strict=True) if part.get(OWN)}
+        own = {kind: part[OWN] for kind, part in zip(kinds, parts, strict=True) if part.get(OWN)}
         if own:
             meta["settings"] = own
         if stacked:
@@ -115,9 +115,8 @@ def write(
             target = draft / part_name
             target.mkdir(exist_ok=True)
             _write_json(target / CONFIG, config)
-            save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
-            if encoder:
-                save_file(encoder, target / ENCODER, metadata={"format": "pt"})
+            for file, content in ((WEIGHTS, tensors), *([(ENCODER, encoder)] if encoder else [])):
+                save_file(content, target / file, metadata={"format": "pt"})
         _write_json(draft / META, meta)
         draft.chmod(0o755)  # mkdtemp's 0700 would lock others out
         _swap(draft, folder)
@@ -144,7 +143,7 @@ def _swap(draft: Path, folder: Path) -> None:
         draft.rename(folder)
         return
     if (folder / META).is_file():
-        old = [META, CONFIG, WEIGHTS, ENCODER, *read_json(folder / META).get("stack", [])]
+        old = [META, CONFIG, WEIGHTS, ENCODER, *load_json(folder / META).get("stack", [])]
         for entry in [entry for entry in folder.iterdir() if entry.name not in old]:
             target = draft / entry.name  # what others keep beside the adapter (tokenizer, README) stays there
             shutil.copytree(entry, target) if entry.is_dir() else shutil.copy2(entry, target)
@@ -168,9 +167,8 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _part(
     model: nn.Module, part: Mapping[str, Any], declared: Mapping[str, Tensor], name: str
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
-    encoder: dict[str, Tensor] = {}
     paths = []
     layers: dict[str, Mapping[str, Any]] = {}
     config = dict(part)
@@ -182,33 +180,36 @@ def _part(
         for key, entries in adapter.settings(bare(path), name).items():
             config[key] = {**(config.get(key) or {}), **entries}
         for leaf, tensor in adapter.tensors(name).items():
-            tensors[stored_key(PREFIX, bare(path), leaf)] = full(tensor)
-        for leaf, tensor in adapter.companion_tensors(name).items():
-            encoder[f"{bare(path)}.{leaf}"] = full(tensor)
+            tensors[f"{PREFIX}{bare(path)}.{leaf}"] = _full(tensor)
     for path, tensor in declared.items():
-        tensors[f"{root(part['peft_type'])}{file_key(path, paths)}"] = full(tensor)
+        tensors[f"{PREFIX}{file_key(path, paths)}"] = _full(tensor)
     config |= layer_settings(layers)
     config.pop(OWN, None)
-    if paths and root(part["peft_type"]) == PREFIX:  # a prompt has no target layers
+    if paths:
         # A method of ours may keep the user's own words; what PEFT reads must name exactly the adapted layers.
         config.setdefault("target_modules", shortest_targets(paths, [bare(path) for path, _ in model.named_modules()]))
     if paths and declared:
-        config["modules_to_save"] = whole_modules(dict(model.named_modules()), declared) or None
+        config["modules_to_save"] = _whole_modules(model, declared) or None
     # One copy each: safetensors refuses tensors that share memory (tied weights are trained and saved once).
-    copies = [{k: t.detach().to("cpu").contiguous().clone() for k, t in part.items()} for part in (tensors, encoder)]
-    return config, copies[0], copies[1]
+    return config, {key: tensor.detach().to("cpu").contiguous().clone() for key, tensor in tensors.items()}
 
 
-def full(tensor: Tensor) -> Tensor:
+def _full(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor; every rank must come here together."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
 
 
+def _whole_modules(model: nn.Module, declared: Mapping[str, Tensor]) -> list[str]:
+    """Return the paths of the largest modules whose parameters are all declared."""
+    inside = {path: {f"{path}.{key}" for key, _ in module.named_parameters()} for path, module in model.named_modules()}
+    whole = {path for path, names in inside.items() if path and names and declared.keys() >= names}
+    return sorted(bare(path) for path in whole if path.rpartition(".")[0] not in whole)
+
+
 def owned(model: nn.Module, peft_type: str, name: str) -> list[tuple[str, Adapter]]:
     """Return the adapters of one kind that hold a named set, with their paths."""
-    kind = meant(peft_type)
-    return [(path, a) for path, a in named_adapters(model) if a.peft_type == kind and name in a.configs]
+    return [(path, a) for path, a in named_adapters(model) if a.peft_type == peft_type and name in a.configs]
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
     configs = []
     own = read_meta(folder).get("settings", {})
     for part in part_folders(folder):
-        config = read_json(part / CONFIG)
+        config = load_json(part / CONFIG)
         if not config.get("peft_type"):
             raise ValueError(f"{part / CONFIG} has no peft_type, so the method is not known. Add it to the file.")
         version = config.pop(VERSION, 1)
@@ -232,17 +233,15 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{part} has format {version!r}, and this lit_peft reads {FORMAT}. Update it: pip install -U."
             )
-        kind = config["peft_type"] = meant(config["peft_type"])
-        keys = [_plain(key, part, kind) for key in shapes(part / WEIGHTS)]
-        beside = {ENCODER_KEYS: list(shapes(part / ENCODER))} if (part / ENCODER).is_file() else {}
-        configs.append({**config, **beside, KEYS: keys, OWN: own.get(kind)})
+        keys = [_plain(lengthened(config, key), part) for key in shapes(part / WEIGHTS)] + encoder_keys(part)
+        configs.append({**config, KEYS: keys, OWN: own.get(config["peft_type"])})
     return configs
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:
     """Return the contents of `lit_peft.json`, empty where another library wrote the folder."""
     path = Path(folder) / META
-    return read_json(path) if path.is_file() else {}
+    return load_json(path) if path.is_file() else {}
 
 
 def part_folders(folder: str | Path) -> list[Path]:
@@ -255,19 +254,16 @@ def part_folders(folder: str | Path) -> list[Path]:
     if (folder / CONFIG).is_file():
         return [folder]
     if (folder / META).is_file():
-        return [folder / part for part in read_json(folder / META).get("stack", [])]
+        return [folder / part for part in load_json(folder / META).get("stack", [])]
     raise FileNotFoundError(
         f"{folder} is no adapter folder: it has no {CONFIG}. Point to the folder that holds the file."
     )
 
 
-def _plain(key: str, part: Path, kind: str) -> str:
-    if key == EMBEDDINGS:
-        return key
-    start = root(kind)
-    if not key.startswith(start):
-        raise ValueError(f"{part / WEIGHTS} has the key {key!r}; every key must start with {start!r}.")
-    return key.removeprefix(start)
+def _plain(key: str, part: Path) -> str:
+    if not key.startswith(PREFIX):
+        raise ValueError(f"{part / WEIGHTS} has the key {key!r}; every key must start with {PREFIX!r}.")
+    return key.removeprefix(PREFIX)
 
 
 def read(
@@ -295,7 +291,7 @@ def read(
         ValueError: if the base, the methods, the layers, the keys or the shapes do not fit.
     """
     check_base(folder, base)
-    here = {*map(meant, kinds), *(a.peft_type for _, a in named_adapters(model) if name in a.configs)} - {""}
+    here = {*kinds, *(a.peft_type for _, a in named_adapters(model) if name in a.configs)} - {""}
     configs = read_configs(folder)
     found = {kind_of(config) for config in configs}
     if found != here:
@@ -304,23 +300,20 @@ def read(
             "Use the method that the adapter was made with."
         )
     unfilled = dict(declared)
-    fitting: list[tuple[Adapter, dict[str, Tensor], dict[str, Tensor]]] = []
+    fitting: list[tuple[Adapter, dict[str, Tensor]]] = []
     in_place: list[tuple[Tensor, Tensor]] = []
     for part, config in zip(part_folders(folder), configs, strict=True):
         file = part / WEIGHTS
-        kind = kind_of(config)
-        left = renamed(config, {_plain(key, part, kind): tensor for key, tensor in load_tensors(file).items()})
-        encoder = load_tensors(part / ENCODER) if ENCODER_KEYS in config else {}
+        stored = {_plain(lengthened(config, key), part): tensor for key, tensor in load_tensors(file).items()}
+        holders = owned(model, kind_of(config), name)
+        left = inward(part, config, renamed(config, stored), {bare(p): a.tensors(name).keys() for p, a in holders})
         left = {key: tensor for key, tensor in left.items() if not repeats(key, left)}
-        holders = owned(model, kind, name)
         wrapped = {bare(path) for path, _ in holders}
         for path, adapter in holders:
             mine = {}
-            stored = {
-                leaf: left[key] for leaf in adapter.tensors(name) if (key := stored_key("", bare(path), leaf)) in left
-            }
+            stored = {leaf: left[key] for leaf in adapter.tensors(name) if (key := f"{bare(path)}.{leaf}") in left}
             for leaf, shape in adapter.shapes(stored, name).items():
-                key = stored_key("", bare(path), leaf)
+                key = f"{bare(path)}.{leaf}"
                 if key not in left:
                     raise ValueError(
                         f"{file} lacks {key!r}, for a layer that is adapted here. Is it another adapter's?"
@@ -328,15 +321,7 @@ def read(
                 mine[leaf] = _fit(file, key, shape, left.pop(key))
             adapter.check_tensors(mine, name)
             adapter.check_config(bare(path), config, name)
-            network = {leaf: (f"{bare(path)}.{leaf}", t) for leaf, t in adapter.companion_tensors(name).items()}
-            lost = [key for key, _ in network.values() if key not in encoder]
-            if lost:
-                raise ValueError(
-                    f"{part} lacks {lost[0]!r} of the network that its rows came out of (HF PEFT does not keep it). "
-                    "Load it into a module made with adapter=FOLDER, which trains the rows themselves."
-                )
-            beside = {k: _fit(part / ENCODER, key, t.shape, encoder[key]) for k, (key, t) in network.items()}
-            fitting.append((adapter, mine, beside))
+            fitting.append((adapter, mine))
             copied = left.pop(f"{bare(path)}.base_layer.weight", None)  # PEFT repeats the tables that it adapts
             if copied is not None:
                 check_same(file, bare(path), innermost(adapter).get_parameter("weight").detach(), copied)
@@ -355,9 +340,8 @@ def read(
     if unfilled and copy:
         raise ValueError(f"{folder} lacks the weight {sorted(unfilled)[0]!r}, which is trained on this model.")
     with torch.no_grad():
-        for adapter, mine, beside in fitting:
+        for adapter, mine in fitting:
             adapter.load_tensors(mine, name)
-            adapter.load_companion_tensors(beside, name)
         for target, tensor in in_place:
             target.copy_(tensor)
 
@@ -375,7 +359,7 @@ def check_base(folder: str | Path, base: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if they differ.
     """
-    config = read_json(part_folders(folder)[0] / CONFIG)
+    config = load_json(part_folders(folder)[0] / CONFIG)
     noted = read_meta(folder).get("base", {})
     compare_bases({"name": config.get("base_model_name_or_path"), **{k: v for k, v in noted.items() if v}}, base)
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
-
-if TYPE_CHECKING:
-    from torch import nn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 Value = TypeVar("Value", int, float)
 
@@ -91,13 +88,6 @@ def file_key(path: str, wrapped: Iterable[str]) -> str:
     """Return the name in a file of a weight of the base: PEFT keeps those of a layer it adapts under `base_layer`."""
     layer, _, leaf = path.rpartition(".")
     return f"{bare(layer)}.base_layer.{leaf}" if bare(layer) in wrapped else bare(path)
-
-
-def whole_modules(modules: Mapping[str, nn.Module], declared: Collection[str]) -> list[str]:
-    """Return the paths of the largest modules whose parameters are all declared."""
-    inside = {path: {f"{path}.{key}" for key, _ in module.named_parameters()} for path, module in modules.items()}
-    whole = {path for path, names in inside.items() if path and names and names.issubset(declared)}
-    return sorted(bare(path) for path in whole if path.rpartition(".")[0] not in whole)
 
 
 def saved_modules(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:

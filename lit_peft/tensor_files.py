@@ -1,4 +1,4 @@
-"""Files of tensors and settings, read with errors that say what is wrong; what HF PEFT stores beside an adapter's."""
+"""Files of tensors, read with errors that say what is wrong; and what HF PEFT stores beside an adapter's own."""
 
 from __future__ import annotations
 
@@ -23,6 +23,26 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     shapes(path)
     tensors: dict[str, Tensor] = load_file(path)
     return tensors
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist. Save the adapter again.")
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}. Restore the file.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file. Restore the file.") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must hold one JSON object, not {type(loaded).__name__}.")
+    return loaded
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -59,23 +79,3 @@ def check_same(file: Path, path: str, base: Tensor, copied: Tensor) -> None:
             f"{file} holds a weight of its own for {path!r}, which is not this base model's. Was its vocabulary "
             "resized, or is it an adapter of another base model?"
         )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if it holds something else.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist. Save the adapter again.")
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}. Restore the file.") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file. Restore the file.") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must hold one JSON object, not {type(loaded).__name__}.")
-    return loaded

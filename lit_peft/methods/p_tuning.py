@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lit_peft.adapter import innermost, named_adapters, remember, scope_of
-from lit_peft.hub import full
 from lit_peft.methods.prompt import PromptConfig, PromptTuning
 from lit_peft.methods.prompt_adapters import PromptBackbone
-from lit_peft.prompt_folders import EMBEDDINGS, ENCODER_KEYS
+from lit_peft.targets import KEYS, OWN
+from lit_peft.virtual_tokens import TOKENS
+
+NETWORK = "prompt_encoder."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,12 +145,12 @@ class PTuningBackbone(PromptBackbone):
             del self.prompt_encoder[name]
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
-        """Return P, all that HF PEFT keeps."""
+        """Return P, all that HF PEFT keeps, and the network that it comes out of."""
         if name not in self.prompt_encoder:
             return super().tensors(name)
-        made = {key: full(value) for key, value in self.companion_tensors(name).items()}
-        rows = made.pop("prompt_embedding")
-        weights = {key.removeprefix("prompt_encoder."): value for key, value in made.items()}
+        network = {key: _whole(value) for key, value in self._network(name).items()}
+        weights = {key.removeprefix(NETWORK): value for key, value in network.items()}
+        rows = weights.pop("embedding")
         encoder = self.prompt_encoder[name]
         training = encoder.training
         try:
@@ -156,20 +158,32 @@ class PTuningBackbone(PromptBackbone):
                 out: Tensor = functional_call(encoder.eval(), weights, (rows,))
         finally:
             encoder.train(training)
-        return {EMBEDDINGS: out}
+        return {TOKENS: out, **network}
 
     def load_tensors(self, tensors: Mapping[str, Tensor], name: str = "default") -> None:
-        """Copy P, where no network makes it."""
+        """Copy the network, or P where none makes it."""
         if name not in self.prompt_encoder:
             super().load_tensors(tensors, name)
+        for key, target in self._network(name).items():
+            target.copy_(tensors[key])
 
-    def companion_tensors(self, name: str = "default") -> dict[str, Tensor]:
-        """Return E and the encoder's weights."""
+    def shapes(self, tensors: Mapping[str, Tensor], name: str = "default") -> dict[str, tuple[int, ...]]:
+        """Return the shapes of P and of the network's weights."""
+        network = {key: tuple(tensor.shape) for key, tensor in self._network(name).items()}
+        return {**super().shapes(tensors, name), **network}
+
+    def _network(self, name: str) -> dict[str, Tensor]:
+        """Return E and the encoder's weights, by their names in a folder; nothing where there is no network."""
         if name not in self.prompt_encoder:
             return {}
-        weights = self.prompt_encoder[name].named_parameters()
-        encoder = {f"prompt_encoder.{key}": value.detach() for key, value in weights}
-        return {"prompt_embedding": self.prompt_embedding[name].detach(), **encoder}
+        weights = {f"{NETWORK}{key}": value.detach() for key, value in self.prompt_encoder[name].named_parameters()}
+        return {f"{NETWORK}embedding": self.prompt_embedding[name].detach(), **weights}
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """Gather a sharded tensor; every rank must come here together."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 class PTuning(PromptTuning):
@@ -185,6 +199,7 @@ class PTuning(PromptTuning):
 
     method = "p_tuning"
     backbone_class: ClassVar[type[PromptBackbone]] = PTuningBackbone
+    beyond: ClassVar[str] = "LIT_P_TUNING"
     prompt: PTuningConfig
 
     def __init__(self, *args: Any, prompt: PTuningConfig = PTuningConfig(), **kwargs: Any) -> None:
@@ -217,13 +232,9 @@ class PTuning(PromptTuning):
         """Train a base in float32: updates of 1e-5 vanish in bf16's 8 bits."""
         return "float32" if self.prompt.tune_base else super().preferred_dtype()
 
-    def read_peft(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what HF PEFT's settings mean: it keeps no network, so the rows are what there is."""
-        return {"encoder": "none"}
-
     def _adopted(self, config: Mapping[str, Any]) -> PromptConfig | None:
-        if config.get("peft_type") == self.backbone_class.peft_type and ENCODER_KEYS not in config:
-            config = {**config, "encoder": "none"}
-            if config.get("lit_peft"):  # the file beside it was left behind
-                config = {**config, "lit_peft": {**config["lit_peft"], "encoder": "none"}}
+        if not any(f".{NETWORK}" in f".{key}" for key in config.get(KEYS, ())):
+            config = {**config, "encoder": "none"}  # what the network yields is all there is
+            if config.get(OWN):
+                config = {**config, OWN: {**config[OWN], "encoder": "none"}}
         return super()._adopted(config)

@@ -19,11 +19,11 @@ from lit_peft.adapter import named_adapters
 from lit_peft.methods.prompt_adapters import PromptBackbone, PromptReader
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
-from lit_peft.prompt_folders import BEYOND
 from lit_peft.sites import geometry, stacks
 from lit_peft.sublayers import hosts, is_causal
 from lit_peft.targets import OWN
 from lit_peft.template import resolved
+from lit_peft.virtual_tokens import STORED
 
 COMMONEST = 5000
 
@@ -82,6 +82,7 @@ class PromptTuning(PEFT):
     method = "prompt"
     conflicts = ("prefix", "p_tuning_v2", "mam", "unipelt", "loreft", "direft")
     backbone_class: ClassVar[type[PromptBackbone]] = PromptBackbone
+    beyond: ClassVar[str] = "LIT_PROMPT"  # the type of a folder that holds what HF PEFT has no word for
 
     def __init__(self, *args: Any, prompt: PromptConfig = PromptConfig(), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -169,19 +170,12 @@ class PromptTuning(PEFT):
 
     def _adopted(self, config: Mapping[str, Any]) -> PromptConfig | None:
         """Return the settings that a folder's configuration means; None if it is another method's."""
-        if config.get("peft_type") != self.backbone_class.peft_type:
+        if config.get("peft_type") not in (self.backbone_class.peft_type, self.beyond):
             return None
         kind = type(self.prompt)
         known = {field.name for field in fields(kind)}
-        ours = config.get(OWN) or {"init": "random", "init_text": "", **self.read_peft(config)}
-        found = {key: value for key, value in {"after_bos": False, **config, **ours}.items() if key in known}
-        if found.get("template"):
-            found["after_bos"] = None
-        return kind(**found)
-
-    def read_peft(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what HF PEFT's settings mean in our words."""
-        return {}
+        theirs = {"init": "random", "after_bos": False}
+        return kind(**{k: v for k, v in {**theirs, **config, **(config.get(OWN) or {})}.items() if k in known})
 
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`: HF PEFT's, or ours where PEFT has no word for one."""
@@ -189,8 +183,10 @@ class PromptTuning(PEFT):
         config, size = self.prompt, geometry(self.model)
         beyond = bool(config.after_bos or config.template or getattr(config, "tune_base", False))
         kind = self.backbone_class.peft_type
+        if beyond:
+            return [*super().parts(), {**asdict(config), "peft_type": kind, STORED: self.beyond}]
         part = {
-            "peft_type": BEYOND[kind] if beyond else kind,
+            "peft_type": kind,
             "num_virtual_tokens": config.num_virtual_tokens,
             "token_dim": size.hidden,
             "num_layers": size.layers,

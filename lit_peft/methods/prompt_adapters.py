@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lit_peft.adapter import Adapter, innermost
 from lit_peft.methods.prompt_layout import Layout, block, padded_starts, rows_of, text_starts
-from lit_peft.prompt_folders import EMBEDDINGS
 from lit_peft.sites import geometry
 from lit_peft.template import SLOT
+from lit_peft.virtual_tokens import TOKENS
 
 Share = tuple[str, Tensor | None]
 
@@ -61,18 +61,18 @@ class PromptBackbone(Adapter):
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return P as HF PEFT stores it."""
-        return {EMBEDDINGS: self.prompt_embedding[name].detach()}
+        return {TOKENS: self.prompt_embedding[name].detach()}
 
     def shapes(self, tensors: Mapping[str, Tensor], name: str = "default") -> dict[str, tuple[int, ...]]:
         """Return the shape of P: PEFT stores it twice for a seq2seq model, and reads the first half."""
-        rows, stored = self.prompt_embedding[name], tensors.get(EMBEDDINGS)
+        rows, stored = self.prompt_embedding[name], tensors.get(TOKENS)
         twice = self.keeps_prompt and stored is not None and len(stored) == 2 * len(rows)
-        return {EMBEDDINGS: (len(rows) * (2 if twice else 1), rows.shape[1])}
+        return {TOKENS: (len(rows) * (2 if twice else 1), rows.shape[1])}
 
     def load_tensors(self, tensors: Mapping[str, Tensor], name: str = "default") -> None:
         """Copy P."""
         rows = self.prompt_embedding[name]
-        super().load_tensors({EMBEDDINGS: tensors[EMBEDDINGS][: len(rows)]}, name)
+        super().load_tensors({TOKENS: tensors[TOKENS][: len(rows)]}, name)
 
     # The call --------------------------------------------------------------------------------------------------------
 
