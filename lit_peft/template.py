@@ -92,3 +92,14 @@ def slotted(ids: Sequence[int], mark: int) -> list[int]:
 def without_slots(ids: Sequence[int]) -> list[int]:
     """Return token ids without pseudo tokens: what the base reads."""
     return [token for token in ids if token != SLOT]
+
+
+def shown(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Return token ids as text, with `[P]` for each pseudo token."""
+    pieces: list[list[int]] = [[]]
+    for token in ids:
+        if token == SLOT:
+            pieces.append([])
+        else:
+            pieces[-1].append(token)
+    return "[P]".join(str(tokenizer.decode(piece)) if piece else "" for piece in pieces)
