@@ -330,3 +330,19 @@ def test_what_is_missing_is_said_before_training(tmp_path: Path) -> None:
     assert without_slots([1, SLOT, 2]) == [1, 2]
     assert isinstance(gpt2, LightningModule)
     assert isinstance(gpt2.model, nn.Module)
+
+
+def test_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from lit_peft.__main__ import main
+
+    monkeypatch.chdir(tmp_path)
+    base, path = save_tiny("llama", tmp_path / "m"), data_file(tmp_path, ROWS)
+    common = ["--method", "p_tuning", "--model.backbone", str(base), "--data.path", path, "--data.max_length", "80"]
+    common += ["--data.cache_dir", str(tmp_path / "cache"), "--model.prompt.num_virtual_tokens", "3"]
+    assert main(["preview", *common, "--model.prompt.template", "{prompt:2}{text} is{prompt}"]) == 0
+    shown = capfd.readouterr().out
+    assert "[P][P]say " in shown
+    assert " is[P]<|im_end|>" in shown
+    assert main(["fit", *common, "--model.prompt.template", "{text} was"]) != 0
+    said = capfd.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("lit-peft: error: prompt.template '{text} was' has no pseudo tokens.")
