@@ -30,6 +30,7 @@ WHERE = [
     ("gpt2", "sft"),
     ("t5", "sft"),
     ("bert", "classification"),
+    ("roberta", "classification"),
     ("llama", "classification"),
     ("gpt2", "classification"),
 ]

@@ -19,7 +19,7 @@ from lit_peft.adapter import named_adapters
 from lit_peft.methods.prompt_adapters import PromptBackbone, PromptReader
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
-from lit_peft.sites import geometry, stacks
+from lit_peft.sites import classification_head, geometry, stacks
 from lit_peft.sublayers import hosts, is_causal
 from lit_peft.targets import OWN
 from lit_peft.template import resolved
@@ -116,6 +116,9 @@ class PromptTuning(PEFT):
         join(self.model, {paths[0]: self.prompt}, lambda base: self.backbone_class, self.placing)
         if len(paths) > 1:
             join(self.model, dict.fromkeys(paths[1:], self.prompt), lambda base: PromptReader, self.placing)
+        for _, adapter in named_adapters(self.model):
+            if isinstance(adapter, PromptBackbone):
+                adapter.reads_first = encoder_only and classification_head(self.model) is not None
         self.start_prompt()
 
     def start_prompt(self) -> None:

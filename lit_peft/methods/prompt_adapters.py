@@ -26,6 +26,7 @@ class PromptBackbone(Adapter):
     """
 
     peft_type: ClassVar[str] = "PROMPT_TUNING"
+    reads_first: bool = False  # whether a head behind it reads the first output, as an encoder's classifiers do
 
     def add(self, name: str, config: Any) -> None:
         """Make P (p, d) of another named set.
@@ -162,11 +163,20 @@ class PromptBackbone(Adapter):
         if self.keeps_prompt:
             return out
         if isinstance(out, tuple):
-            return (layout.text(out[0]), *out[1:])
-        out.last_hidden_state = layout.text(out.last_hidden_state)
+            return (self._read(layout, out[0]), *out[1:])
+        out.last_hidden_state = self._read(layout, out.last_hidden_state)
         if getattr(out, "hidden_states", None) is not None:
             out.hidden_states = tuple(layout.text(h) for h in out.hidden_states)
         return out
+
+    def _read(self, layout: Layout, whole: Tensor) -> Tensor:
+        """Return the text's outputs; where a head reads the first, that of [P ; x], which is P's, as in HF PEFT."""
+        text = layout.text(whole)
+        if not self.reads_first or not layout.front.length or layout.starts is not None:
+            return text
+        first = layout.front.length - torch.as_tensor(layout.front.count(), device=whole.device).expand(len(whole), 1)
+        rows = torch.arange(len(whole), device=whole.device)
+        return torch.cat([whole[rows, first[:, 0]][:, None], text[:, 1:]], 1)
 
     @staticmethod
     def _packed(positions: Tensor | None) -> bool:
