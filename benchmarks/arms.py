@@ -39,6 +39,8 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ia3": ("IA3", {}),
     "prefix": ("prefix tuning", {"prefix_projection": True}),
     "p_tuning_v2": ("prefix tuning, rows", {"prefix_projection": False}),
+    "prompt": ("prompt tuning", {}),
+    "p_tuning": ("P-tuning", {"encoder_reparameterization_type": "LSTM"}),
 }
 FLOOR = "frozen base"
 
@@ -207,6 +209,12 @@ def _config(method: str, setting: Setting, settings: dict[str, Any]) -> Any:
         mine = imported(FACTS[method].config)()
         sizes = {"num_virtual_tokens": mine.num_virtual_tokens, "encoder_hidden_size": mine.encoder_hidden_size}
         return peft.PrefixTuningConfig(**known, **sizes, **settings)
+    if FACTS[method].keyword == "prompt":
+        known["num_virtual_tokens"] = imported(FACTS[method].config)().num_virtual_tokens
+        if method == "prompt":
+            return peft.PromptTuningConfig(**known)
+        width = backbones.load_config(setting.backbone).hidden_size  # half of it in each direction, as in the paper
+        return peft.PromptEncoderConfig(encoder_hidden_size=width // 2, **known, **settings)
     known["target_modules"] = "all-linear"
     if method == "adalora":
         mine = asdict(imported(FACTS[method].config)())

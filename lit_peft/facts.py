@@ -277,7 +277,7 @@ FACTS: dict[str, Facts] = {
         place="embedding",
         trained="p d",
         merges=False,
-        peft_type="LIT_PROMPT",
+        peft_type="PROMPT_TUNING",
         paper="https://arxiv.org/abs/2104.08691",
     ),
     "p_tuning": Facts(
@@ -288,7 +288,7 @@ FACTS: dict[str, Facts] = {
         place="embedding",
         trained="p d + LSTM + 2 (d^2 + d)",
         merges=False,
-        peft_type="LIT_P_TUNING",
+        peft_type="P_TUNING",
         paper="https://arxiv.org/abs/2103.10385",
     ),
     "loreft": Facts(

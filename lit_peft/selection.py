@@ -58,7 +58,8 @@ class Rows:
         Raises:
             ValueError: if x does not have as many rows as names were given.
         """
-        beams = self._beams(x, x.ndim)
+        # token ids have no width: two dimensions of them are a batch, while two of numbers are single tokens
+        beams = self._beams(x, x.ndim + (not x.is_floating_point()))
         return _repeated(self._rows.get(entry, torch.empty(0, dtype=torch.long)).to(x.device), beams)
 
     def grouped(self, x: Tensor, y: Tensor) -> tuple[list[tuple[tuple[Entry, ...], int]], Tensor | None]:

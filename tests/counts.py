@@ -96,10 +96,19 @@ def prefixes(p: int, mu: int | None) -> Count:
     return count
 
 
-def p_tuning(p: int, d: int) -> int:
-    """E, two layers of a bidirectional LSTM of width d / 2 (two biases each, as torch has them), and the MLP."""
-    h = d // 2
-    return p * d + 2 * 2 * 4 * h * (d + h + 2) + 2 * (d * d + d)
+def p_tuning(p: int, base: bool = False) -> Count:
+    """E, two layers of a bidirectional LSTM of width d / 2 (two biases each, as torch has them), and the MLP.
+
+    With the base every weight of the model too, but those of a task's head.
+    """
+
+    def count(model: nn.Module) -> int:
+        d = geometry(model).hidden
+        h = d // 2
+        whole = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(HEADS)) if base else 0
+        return whole + p * d + 2 * 2 * 4 * h * (d + h + 2) + 2 * (d * d + d)
+
+    return count
 
 
 def compacter(n: int, reduction: int, more: Count = nothing) -> Count:

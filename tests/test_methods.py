@@ -61,6 +61,7 @@ class Case:
 
 
 SHORT = {"num_virtual_tokens": 3, "encoder_hidden_size": 8}
+TUNED = {"num_virtual_tokens": 3, "tune_base": True}
 NARROW = {"bottleneck_size": 4}
 PHM, NORMS = {"phm_dim": 2, "reduction_factor": 8}, {"train_norms": True}
 
@@ -74,13 +75,8 @@ CASES = [
     Case(
         "prompt", lambda m: 3 * geometry(m).hidden, {"prompt": {"num_virtual_tokens": 3}}, merges=False, identity=False
     ),
-    Case(
-        "p_tuning",
-        lambda m: p_tuning(3, geometry(m).hidden),
-        {"prompt": {"num_virtual_tokens": 3}},
-        merges=False,
-        identity=False,
-    ),
+    Case("p_tuning", p_tuning(3), {"prompt": {"num_virtual_tokens": 3}}, merges=False, identity=False),
+    Case("p_tuning", p_tuning(3, True), {"prompt": TUNED}, merges=False, reversible=False, identity=False),
     Case("compacter", compacter(2, 8), {"compacter": PHM}, merges=False, identity=False),
     Case("compacter", compacter(2, 8, norms), {"compacter": {**PHM, **NORMS}}, merges=False, identity=False),
     Case("mam", bottlenecks(1, 4, prefixes(3, 8)), {"prefix": SHORT, "bottleneck": NARROW}, False, identity=False),

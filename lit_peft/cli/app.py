@@ -54,13 +54,14 @@ class PEFTTrainer(Trainer):
         """Show rows with what the loss sees in colour.
 
         Args:
-            model: the module; only its tokenizer is used.
+            model: the module; only its tokenizer and its template are used.
             datamodule: the data.
             rows: how many rows to show.
         """
         if not isinstance(datamodule, Rows):
             raise ValueError("preview needs data: pass --data.path.")
-        datamodule.attach(model.tokenizer, encoder_decoder=model.encoder_decoder)  # type: ignore[union-attr, arg-type]
+        template = getattr(model, "text_template", "")
+        datamodule.attach(model.tokenizer, model.encoder_decoder, template)  # type: ignore[union-attr, arg-type]
         datamodule.prepare_data()
         datamodule.setup("fit")
         trained = preview(datamodule, rows)

@@ -17,7 +17,8 @@ from lit_peft.data.read import Part, Paths
 from lit_peft.data.render import Renderer, TrainOn
 from lit_peft.data.rows import Rows
 from lit_peft.data.shots import in_front, pick
-from lit_peft.data.truncate import Side, truncate, windows
+from lit_peft.data.truncate import Side, shortened, truncate, windows
+from lit_peft.template import around, without_slots
 
 TokenRow = dict[str, Any]
 
@@ -131,7 +132,7 @@ class Instructions(Rows):
 
     def encoder(self, tables: list[datasets.Dataset], parts: list[Part]) -> tuple[list[EncodeRow], dict[str, Any]]:
         """Return one row encoder per table, the answer choices, and the sentences to print."""
-        renderer = Renderer(self.tokenizer, self.train_on)
+        renderer = Renderer(self.tokenizer, self.train_on, self.text_template)
         readings, said = [], []
         for table, part in zip(tables, parts, strict=True):
             format = "prompt_completion" if part.package else self.format
@@ -170,7 +171,7 @@ class Instructions(Rows):
 
     def _causal(self, example: Example, renderer: Renderer) -> Iterator[TokenRow]:
         if isinstance(example, str):
-            yield from self._whole_text(example)
+            yield from self._whole_text(example, renderer)
             return
         ids, mask = renderer(self._with_system(example))
         short, learned = truncate(ids, mask, self.max_length, self.truncation)
@@ -180,31 +181,37 @@ class Instructions(Rows):
         if any(learned[1:]):  # the first token has nothing before it to be predicted from
             yield self._row(short, [False, *learned[1:]])
 
-    def _whole_text(self, text: str) -> Iterator[TokenRow]:
+    def _whole_text(self, text: str, renderer: Renderer) -> Iterator[TokenRow]:
         if not text.strip():
             return
         ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         if self.tokenizer.eos_token_id is not None and ids[-1] != self.tokenizer.eos_token_id:
             ids.append(self.tokenizer.eos_token_id)
-        for piece in windows(ids, self.max_length):
+        front, behind = (renderer.pieces(part) for part in around(renderer.text_template))
+        for piece in windows(ids, self.max_length - len(front) - len(behind)):
             if len(piece) > 1:
-                yield self._row(piece, [False] + [True] * (len(piece) - 1))
+                first = int(piece[0] == self.tokenizer.bos_token_id)
+                whole = [*piece[:first], *front, *piece[first:], *behind]
+                at = first + len(front)
+                learned = [False] * max(at, 1) + [True] * (len(piece) - max(first, int(not front)))
+                yield self._row(whole, [*learned, *[False] * len(behind)])
 
     def _seq2seq(self, example: Example, renderer: Renderer) -> Iterator[TokenRow]:
         if isinstance(example, str):
             raise ValueError("plain text has no prompt to put into the encoder; give prompts and answers")
-        messages = self._with_system(example)
+        messages = renderer.wrapped(self._with_system(example))
         for k in renderer.answers(messages):
             if self.tokenizer.chat_template:
-                prompt = renderer.ids(messages[:k], cue=True)
+                prompt = renderer.wrapped_ids(messages[:k], cue=True)
             else:
-                text = "\n".join(m["content"] for m in messages[:k])
-                prompt = list(self.tokenizer(text, verbose=False)["input_ids"])
+                prompt = renderer.plain_ids("\n".join(m["content"] for m in messages[:k]))
             answer = self._answer_ids(messages[k]["content"])
-            keep = slice(0, self.max_length) if self.truncation == "right" else slice(-self.max_length, None)
             self._counts["truncated"] += len(prompt) > self.max_length or len(answer) > self.max_length
             self._counts["answers_cut"] += len(answer) > self.max_length
-            yield {"input_ids": prompt[keep], "labels": answer[: self.max_length]}
+            yield {
+                "input_ids": shortened(prompt, self.max_length, self.truncation),
+                "labels": answer[: self.max_length],
+            }
 
     def rows(self, split: str = "train") -> EncodedRows:
         """Return the encoded rows of `train`, `validation` or `test`; test rows behind their examples, if asked.
@@ -218,7 +225,8 @@ class Instructions(Rows):
         if self.encoder_decoder:
             raise ValueError(f"shots is {self.shots}, but an encoder-decoder reads one prompt at a time. Use shots=0.")
         table = self.tables["train"]
-        examples = pick(table, self.shots, self.shuffle_seed)
+        # solved examples are for a model that is not trained: only the question itself has pseudo tokens
+        examples = [without_slots(ids) for ids in pick(table, self.shots, self.shuffle_seed)]
         return EncodedRows(in_front(rows.table, examples, Renderer(self.tokenizer, "last")))
 
     @staticmethod

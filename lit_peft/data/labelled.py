@@ -12,6 +12,7 @@ from lit_peft.data.collate import CollateLabelled
 from lit_peft.data.encode import EncodeRow
 from lit_peft.data.read import Part, Paths
 from lit_peft.data.rows import Rows
+from lit_peft.template import filled, marked, slotted
 
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "intent", "sentiment", "coarse_label")
 TEXT_NAMES = (
@@ -146,6 +147,7 @@ class Labelled(Rows):
         self, texts: list[str], label: str, namer: Callable[[Any], str], number: dict[str, int]
     ) -> EncodeRow:
         limit = min(self.max_length, self.tokenizer.model_max_length)
+        template = self.text_template
 
         def encode(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
             if lost := [name for name in (*texts, label) if _hole(row[name])]:
@@ -154,16 +156,38 @@ class Labelled(Rows):
             if not any(word.strip() for word in words):
                 self._counts["dropped"] += 1
                 return
-            made = self.tokenizer(*words, truncation="longest_first", max_length=limit + 1, verbose=False)
-            if len(made["input_ids"]) > limit:
-                self._counts["truncated"] += 1
-                made = self.tokenizer(*words, truncation="longest_first", max_length=limit, verbose=False)
+            if template:
+                made = self._inside(template, words, limit)
+            else:
+                made = self.tokenizer(*words, truncation="longest_first", max_length=limit + 1, verbose=False)
+                if len(made["input_ids"]) > limit:
+                    self._counts["truncated"] += 1
+                    made = self.tokenizer(*words, truncation="longest_first", max_length=limit, verbose=False)
             self._counts["tokens"] += len(made["input_ids"])
             self._counts["trained_tokens"] += 1
-            kept = {name: made[name] for name in ("input_ids", "token_type_ids") if name in made}
+            kept: dict[str, Any] = {name: made[name] for name in ("input_ids", "token_type_ids") if name in made}
             yield {**kept, "label": number[namer(row[label])]}
 
         return encode
+
+    def _inside(self, template: str, words: list[str], limit: int) -> dict[str, Any]:
+        """Return the tokens of texts inside a template; where they are too long, the longest text loses its end."""
+        tokenizer, mark = marked(self.tokenizer)
+        words, cut = list(words), False
+        while True:
+            made = tokenizer(filled(template, *words), verbose=False)
+            excess = len(made["input_ids"]) - limit
+            if excess <= 0:
+                break
+            longest = max(range(len(words)), key=lambda i: len(words[i]))
+            pieces = self.tokenizer(words[longest], add_special_tokens=False, verbose=False)["input_ids"]
+            if len(words[longest]) <= 1:
+                raise ValueError(f"prompt.template {template!r} alone is longer than {limit} tokens")
+            # as many characters as these tokens have on average, and again where that was too few
+            words[longest] = words[longest][: -max(excess * len(words[longest]) // max(len(pieces), 1), 1)]
+            cut = True
+        self._counts["truncated"] += cut
+        return {**made, "input_ids": slotted(made["input_ids"], mark)}
 
     def summary(self, counts: Counter[str]) -> str:
         """Return one line on what happened to the rows."""

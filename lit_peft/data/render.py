@@ -15,6 +15,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from lit_peft.data.formats import Message
+from lit_peft.template import filled, marked, slotted
 
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for m in messages %}"
@@ -43,15 +44,18 @@ class Renderer:
     Args:
         tokenizer: The tokenizer whose chat template is used.
         train_on: Learn `all` assistant turns or only the `last`.
+        text_template: What the first question of a conversation is put into, with pseudo tokens (see
+            `lit_peft.template`); empty for the question as it is.
 
     Example:
         >>> ids, learned = Renderer(tokenizer)([{"role": "user", "content": "2+2?"},
         ...                                     {"role": "assistant", "content": "4"}])  # doctest: +SKIP
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all") -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all", text_template: str = "") -> None:
+        self.tokenizer, self._mark = marked(tokenizer) if text_template else (tokenizer, -1)
         self.train_on = train_on
+        self.text_template = text_template
         self.template = template_of(tokenizer)
         self.marked = bool(_GENERATION.search(self.template)) and tokenizer.is_fast
         self._special = set(tokenizer.all_special_ids)
@@ -62,11 +66,38 @@ class Renderer:
         Raises:
             ValueError: If the template refuses the conversation.
         """
-        return str(self._apply(messages, cue, tokenize=False))
+        return self._text(self.wrapped(messages), cue)
 
     def ids(self, messages: Sequence[Message], cue: bool = False) -> list[int]:
         """Return the conversation as token ids; `cue` adds the opening of the assistant's turn."""
-        return self._encode(self.text(messages, cue))
+        return self._ids(self.wrapped(messages), cue)
+
+    def wrapped(self, messages: Sequence[Message]) -> list[Message]:
+        """Return the conversation with its first question inside the template.
+
+        Raises:
+            ValueError: If there is a template and no question.
+        """
+        found = list(messages)
+        if not self.text_template:
+            return found
+        at = next((i for i, message in enumerate(found) if message["role"] == "user"), None)
+        if at is None:
+            raise ValueError(f"prompt.template {self.text_template!r} needs a user's turn to go around, and has none")
+        found[at] = {**found[at], "content": filled(self.text_template, found[at]["content"])}
+        return found
+
+    def wrapped_ids(self, messages: Sequence[Message], cue: bool = False) -> list[int]:
+        """Return the token ids of a conversation that is wrapped already."""
+        return self._ids(messages, cue)
+
+    def pieces(self, text: str) -> list[int]:
+        """Return the token ids of a piece of text, with `SLOT` for each pseudo token."""
+        return self._encode(text)
+
+    def plain_ids(self, text: str) -> list[int]:
+        """Return the token ids of a text that is given to a model as it is, with `SLOT` for each pseudo token."""
+        return slotted(self.tokenizer(text, verbose=False)["input_ids"], self._mark)
 
     def __call__(self, messages: Sequence[Message]) -> Tokens:
         """Return the token ids of a conversation and, for each, whether it is learned.
@@ -75,8 +106,10 @@ class Renderer:
             ValueError: If an answer cannot be found in what the template renders.
         """
         answers = self.answers(messages)
+        messages = self.wrapped(messages)
         if not answers:
-            return self.ids(messages), [False] * len(self.ids(messages))
+            ids = self._ids(messages)
+            return ids, [False] * len(ids)
         messages = messages[: answers[-1] + 1]  # nothing after the last answer can teach anything
         if self.marked:
             ids, spans = self._by_marks(messages)
@@ -110,7 +143,13 @@ class Renderer:
             raise ValueError(f"the chat template refuses it ({error})") from None
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return slotted(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], self._mark)
+
+    def _text(self, messages: Sequence[Message], cue: bool = False) -> str:
+        return str(self._apply(messages, cue, tokenize=False))
+
+    def _ids(self, messages: Sequence[Message], cue: bool = False) -> list[int]:
+        return self._encode(self._text(messages, cue))
 
     def _by_marks(self, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
         made = self._apply(messages, False, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -118,18 +157,18 @@ class Renderer:
         edges = [i for i in range(len(mask) + 1) if (i < len(mask) and mask[i]) != (i > 0 and mask[i - 1])]
         spans = list(zip(edges[::2], edges[1::2], strict=True))
         # The mark may stop just before the end of turn, which must be learned.
-        return list(made["input_ids"]), [
+        return slotted(made["input_ids"], self._mark), [
             (s, e + 1 if self._ends(made["input_ids"][e : e + 1]) else e) for s, e in spans
         ]
 
     def _by_prefix(
         self, messages: Sequence[Message], answers: Sequence[int]
     ) -> tuple[list[int], list[tuple[int, int]]] | None:
-        whole = self.ids(messages)
+        whole = self._ids(messages)
         spans = []
         for k in answers:
-            before = self.ids(messages[:k], cue=True)
-            upto = whole if k == len(messages) - 1 else self.ids(messages[: k + 1])
+            before = self._ids(messages[:k], cue=True)
+            upto = whole if k == len(messages) - 1 else self._ids(messages[: k + 1])
             if whole[: len(upto)] != upto or upto[: len(before)] != before or len(before) == len(upto):
                 return None
             spans.append((len(before), len(upto)))
@@ -138,7 +177,7 @@ class Renderer:
     def _by_offset(
         self, messages: Sequence[Message], answers: Sequence[int]
     ) -> tuple[list[int], list[tuple[int, int]]]:
-        text = self.text(messages)
+        text = self._text(messages)
         spans, cursor = [], 0
         for k, message in enumerate(messages):
             content = message["content"].strip()
@@ -153,7 +192,7 @@ class Renderer:
             if k in answers:
                 spans.append((start, cursor))
         made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = list(made["input_ids"]), made["offset_mapping"]
+        ids, offsets = slotted(made["input_ids"], self._mark), made["offset_mapping"]
         found = []
         for start, end in spans:
             inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]

@@ -88,15 +88,26 @@ class Rows(LightningDataModule):
         self.report: dict[str, Any] = {}
         self.tables: dict[str, datasets.Dataset] = {}
         self._learner: tuple[PreTrainedTokenizerBase, bool] | None = None
+        self._template = ""
         self._weights: list[float] | None = None
         self._counts: Counter[str] = Counter()
 
     # -- what the module being trained tells us
 
-    def attach(self, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool = False) -> Rows:
-        """Use this tokenizer, without a Trainer; returns the data module itself."""
+    def attach(
+        self, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool = False, text_template: str = ""
+    ) -> Rows:
+        """Use this tokenizer (and template with pseudo tokens), without a Trainer; returns the data module itself."""
         self._learner = (tokenizer, encoder_decoder)
+        self._template = text_template
         return self
+
+    @property
+    def text_template(self) -> str:
+        """What each text is put into, with the pseudo tokens of a prompt; empty as a rule."""
+        if self._learner is not None:
+            return self._template
+        return str(getattr(getattr(self.trainer, "lightning_module", None), "text_template", ""))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -192,7 +203,7 @@ class Rows(LightningDataModule):
             "max_length": self.max_length,
             "tokenizer": fingerprint(tokenizer),
             "encoder_decoder": self.encoder_decoder,
-            "options": self.options(),
+            "options": {**self.options(), **({"template": template} if (template := self.text_template) else {})},
         }
         return self.cache / hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -206,6 +217,12 @@ class Rows(LightningDataModule):
         tables = [part.rows(scratch) for part in parts]
         if not sum(len(table) for table, part in zip(tables, parts, strict=True) if part.split == "train"):
             raise ValueError(f"No rows to train on in {self.path!r}: it is empty.")
+        pseudo = self.text_template.count("[P]")
+        if pseudo + MIN_LENGTH > self.max_length:
+            raise ValueError(
+                f"max_length {self.max_length} leaves no room for a text beside {pseudo} pseudo tokens. Raise it, or "
+                "use fewer."
+            )
         encoders, meta = self.encoder(tables, parts)
         self._counts = Counter()
         split = split_rows(parts, [len(table) for table in tables], self.val_fraction, self.seed)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from lit_peft.data.render import Renderer
+from lit_peft.template import without_slots
 
 if TYPE_CHECKING:
     from lit_peft.tasks.sft import SFT
@@ -53,9 +54,16 @@ def text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 def render(task: SFT, messages: list[dict[str, str]]) -> list[int]:
     """Return the token ids of a conversation up to where the answer begins, as in training."""
+    renderer = Renderer(task.tokenizer, "all", getattr(task, "text_template", ""))
     if task.encoder_decoder and not task.tokenizer.chat_template:
-        return list(task.tokenizer("\n".join(message["content"] for message in messages))["input_ids"])
-    return Renderer(task.tokenizer, "all").ids(messages, cue=True)
+        return renderer.plain_ids("\n".join(message["content"] for message in renderer.wrapped(messages)))
+    return renderer.ids(messages, cue=True)
+
+
+def readable(task: SFT, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return prompts as the model reads them: without pseudo tokens where nothing acts that fills them."""
+    kept = getattr(task, "text_template", "")
+    return [list(prompt) if kept else without_slots(prompt) for prompt in prompts]
 
 
 def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -94,7 +102,7 @@ def generate(
         return []
     tokenizer, model = task.tokenizer, task.model
     pad = _pad_id(tokenizer)
-    ids, mask = _padded(prompts, pad, task.device)
+    ids, mask = _padded(readable(task, prompts), pad, task.device)
     ends = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
     with _evaluating(model):
         out = model.generate(  # type: ignore[operator]
@@ -132,7 +140,7 @@ def choose(task: SFT, prompts: Sequence[Sequence[int]], choices: Sequence[Sequen
     assert task.model is not None
     model = task.model
     pad = _pad_id(task.tokenizer)
-    ids, mask = _padded(prompts, pad, task.device)
+    ids, mask = _padded(readable(task, prompts), pad, task.device)
     scores = torch.empty(len(prompts), len(choices), device=task.device)
     with _evaluating(model):
         if task.encoder_decoder:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from lit_peft.data.collate import IGNORED
 from lit_peft.data.rows import Rows
+from lit_peft.template import shown
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _LEARNED = "bold green"
@@ -73,7 +74,9 @@ def _learned(row: dict[str, Any]) -> int:
 
 
 def _coloured(data: Rows, row: dict[str, Any], marks: tuple[str, str]) -> Text:
-    decode = data.tokenizer.decode
+    def decode(ids: list[int]) -> str:
+        return shown(data.tokenizer, ids)
+
     text = Text()
     if "label" in row:
         names = getattr(data, "labels", None)
