@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +23,26 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     shapes(path)
     tensors: dict[str, Tensor] = load_file(path)
     return tensors
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    """Read one JSON object.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is no JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist. Save the adapter again.")
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON (line {error.lineno}): {error.msg}. Restore the file.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file. Restore the file.") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must hold one JSON object, not {type(loaded).__name__}.")
+    return loaded
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -56,4 +78,23 @@ def check_same(file: Path, path: str, base: Tensor, copied: Tensor) -> None:
         raise ValueError(
             f"{file} holds a weight of its own for {path!r}, which is not this base model's. Was its vocabulary "
             "resized, or is it an adapter of another base model?"
+        )
+
+
+def compare_bases(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Compare two base models: by hash where both have one, else by the last piece of their names.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    their_name, our_name = theirs.get("name"), ours.get("name")
+    if theirs.get("sha") and ours.get("sha"):
+        same = theirs["sha"] == ours["sha"]
+    else:
+        same = not their_name or not our_name or Path(their_name).name.lower() == Path(our_name).name.lower()
+    if not same:
+        version = " (another version of it)" if their_name == our_name else ""
+        raise ValueError(
+            f"This adapter was made on {their_name!r}, and the model here is {our_name!r}{version}. Load that base, or "
+            "set check_base=false."
         )

@@ -36,6 +36,8 @@ class PrefixConfig:
         encoder_hidden_size: width of that network's hidden layer.
         dropout: dropout on the rows.
         gate: scale the prefix by a learned gate for each token (UniPELT), or by a fixed number.
+        shift_positions: whether the text's positions begin behind the prefix, at p, as in HF PEFT; or at 0, as in the
+            folders of adapter-hub's library.
 
     Raises:
         ValueError: if a value is out of range.
@@ -46,6 +48,7 @@ class PrefixConfig:
     encoder_hidden_size: int = 512
     dropout: float = 0.0
     gate: bool | float = False
+    shift_positions: bool = True
 
     default_lr: ClassVar[float] = 8e-5
     peft_type: ClassVar[str] = "LIT_PREFIX"
@@ -138,7 +141,9 @@ class PrefixBackbone(Adapter):
             seen.append(visible)
         mask = torch.cat(seen, 1)
         made = Prefix([torch.cat(k, 2) for k in keys], [torch.cat(v, 2) for v in values], mask if routed else None)
-        return made, mask.sum(1, keepdim=True) if routed else mask[:1].sum(1, keepdim=True)
+        moving = [part if self.configs[name].shift_positions else part[:, :0] for (name, _), part in zip(shares, seen)]
+        moved = torch.cat(moving, 1)
+        return made, moved.sum(1, keepdim=True) if routed else moved[:1].sum(1, keepdim=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base with a prefix for each of its attention modules, and the text's positions moved behind it."""

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -308,7 +309,14 @@ class ReFT(PEFT):
         super().adopt(config)
         if config.get("peft_type") == self.layer.peft_type:
             known = {field.name for field in fields(ReFTConfig)}
-            self.reft = self.configured(ReFTConfig, "reft", {k: v for k, v in config.items() if k in known})
+            stored = {key: value for key, value in config.items() if key in known}
+            if "first" not in stored:  # pyreft
+                stored |= {"first": self.reft.first, "last": self.reft.last}
+                rank_zero_warn(
+                    f"This adapter's folder does not say which tokens it edits; taken: the first {self.reft.first} and "
+                    f"the last {self.reft.last} of the prompt. Set reft.first and reft.last to what it was trained with."
+                )
+            self.reft = self.configured(ReFTConfig, "reft", stored)
 
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`."""
