@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
+from tests.models import save_tiny
+
 D, LAYERS, R, P, M, N = 32, 2, 3, 4, 8, 4  # width, layers, rank, prefix length, bottleneck, Kronecker products
+ENCODERS = ("bert", "roberta")
 CLASSES = {
     "llama": ("LlamaForCausalLM", "model.layers.{}", {"mh": "attention_adapters", "output": "output_adapters"}),
     "gpt2": ("GPT2LMHeadModel", "transformer.h.{}", {"mh": "attention_adapters", "output": "output_adapters"}),
@@ -44,6 +47,11 @@ REFT: dict[str, Any] = {
     **{"architecture": "reft", "layers": "all", "prefix_positions": 2, "suffix_positions": 1, "r": R, "dtype": None},
     **{"orthogonality": True, "tied_weights": False, "dropout": 0.05, "non_linearity": None, "output_reft": True},
 }
+
+
+def base_of(kind: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    return save_tiny(kind, folder / "base", task="classification" if kind in ENCODERS else "lm")
 
 
 def at(kind: str, layer: int, rest: str) -> str:

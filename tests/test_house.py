@@ -44,7 +44,8 @@ ROOMS = {
     "prefixed": "",
     "gates": "selection",
     "module": "adapter",
-    "hub": "adapter sites structure targets backbone tensor_files forks",
+    "foreign": "adapter sites sublayers targets tensor_files",
+    "hub": "adapter sites structure targets backbone tensor_files forks foreign",
     "merging": "adapter weights hub backbone rewriting quantised",
     "callbacks": "adapter named weights module hub merging backbone faults rewriting tensor_files",
     "mixin": "selection adapter named module sites structure hub callbacks rewriting weights sets",
@@ -55,7 +56,7 @@ ROOMS = {
     "tasks": "adapter module data backbone sites structure",
     "zoo": "methods tasks catalogue module mixin",
     "comparing": "catalogue zoo module backbone faults quiet",
-    "saved": "hub catalogue",
+    "saved": "hub catalogue foreign",
     "restore": "adapter named zoo saved hub tensor_files backbone merging module catalogue forks",
 }
 ROOMS["verbs"] = " ".join(ROOMS)

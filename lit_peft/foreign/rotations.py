@@ -30,7 +30,7 @@ def rotation(folder: Path, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     x = (x if tall else x.t()).double()
     vectors = x.tril(diagonal=-1)
     turned = torch.linalg.householder_product(vectors, 2 / (1 + vectors.square().sum(0)))
-    found = (frame.double() @ (turned * x.diagonal().sign())).float()
+    found: Tensor = (frame.double() @ (turned * x.diagonal().sign())).float()
     return found if tall else found.t()
 
 

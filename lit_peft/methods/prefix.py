@@ -141,8 +141,8 @@ class PrefixBackbone(Adapter):
             seen.append(visible)
         mask = torch.cat(seen, 1)
         made = Prefix([torch.cat(k, 2) for k in keys], [torch.cat(v, 2) for v in values], mask if routed else None)
-        moving = [part if self.configs[name].shift_positions else part[:, :0] for (name, _), part in zip(shares, seen)]
-        moved = torch.cat(moving, 1)
+        moving = [self.configs[name].shift_positions for name, _ in shares]
+        moved = torch.cat([part if moves else part[:, :0] for moves, part in zip(moving, seen, strict=True)], 1)
         return made, moved.sum(1, keepdim=True) if routed else moved[:1].sum(1, keepdim=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,7 +152,7 @@ class PrefixBackbone(Adapter):
         if not shares:
             return self.base(*args, **kwargs)
         prefix, moved = self.prefix(shares, text.shape[0])
-        if self.takes_positions:
+        if self.takes_positions and any(self.configs[name].shift_positions for name, _ in shares):
             positions = kwargs.get("position_ids")
             if positions is None:
                 cache = kwargs.get("past_key_values")

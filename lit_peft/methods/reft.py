@@ -314,7 +314,7 @@ class ReFT(PEFT):
                 stored |= {"first": self.reft.first, "last": self.reft.last}
                 rank_zero_warn(
                     f"This adapter's folder does not say which tokens it edits; taken: the first {self.reft.first} and "
-                    f"the last {self.reft.last} of the prompt. Set reft.first and reft.last to what it was trained with."
+                    f"the last {self.reft.last} of the prompt. Set reft.first and reft.last as they were in training."
                 )
             self.reft = self.configured(ReFTConfig, "reft", stored)
 
