@@ -20,7 +20,21 @@ from lit_peft.saved import locate
 from lit_peft.verbs import inspect
 from lit_peft.zoo import compose
 from tests import foreign_folders as made
-from tests.foreign_folders import BOTTLENECK, COMPACTER, HOULSBY, LAYERS, LORA, PARALLEL, PREFIX, REFT, D, P, at
+from tests.foreign_folders import (
+    BOTTLENECK,
+    COMPACTER,
+    ENCODERS,
+    HOULSBY,
+    LAYERS,
+    LORA,
+    PARALLEL,
+    PREFIX,
+    REFT,
+    D,
+    P,
+    at,
+    base_of,
+)
 from tests.models import VOCAB
 
 
