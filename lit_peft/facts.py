@@ -21,6 +21,7 @@ class Facts(NamedTuple):
         four_bit: whether it works on a base whose linear layers are held in 4 bits.
         rows: whether the rows of one batch can be routed to different named sets.
         sets: whether one base can hold several named sets of it.
+        others: whose folders it reads beside its own and HF PEFT's.
     """
 
     title: str
@@ -37,11 +38,17 @@ class Facts(NamedTuple):
     four_bit: bool = True
     rows: bool = True
     sets: bool = True
+    others: tuple[str, ...] = ()
 
     @property
     def peft(self) -> bool:
         """Whether HF PEFT has the method and reads its folders."""
         return not self.peft_type.startswith("LIT_")
+
+    @property
+    def reads(self) -> list[str]:
+        """Whose folders it reads beside its own."""
+        return [*(["HF PEFT"] if self.peft else []), *self.others]
 
 
 FACTS: dict[str, Facts] = {
@@ -166,6 +173,7 @@ FACTS: dict[str, Facts] = {
         merges=True,
         peft_type="LIT_MORA",
         paper="https://arxiv.org/abs/2405.12130",
+        others=("MoRA's fork of PEFT",),
     ),
     "remora": Facts(
         title="MoRA, folded in and started anew with other types",
@@ -211,6 +219,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_HOULSBY",
         paper="https://arxiv.org/abs/1902.00751",
+        others=("adapters",),
     ),
     "pfeiffer": Facts(
         title="a bottleneck behind each layer",
@@ -222,6 +231,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_PFEIFFER",
         paper="https://arxiv.org/abs/2005.00247",
+        others=("adapters",),
     ),
     "parallel": Facts(
         title="a bottleneck beside feed-forward",
@@ -233,6 +243,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_PARALLEL",
         paper="https://arxiv.org/abs/2110.04366",
+        others=("adapters",),
     ),
     "compacter": Facts(
         title="bottlenecks of Kronecker products with one shared rule",
@@ -244,6 +255,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_COMPACTER",
         paper="https://arxiv.org/abs/2106.04647",
+        others=("adapters",),
     ),
     "prefix": Facts(
         title="trained keys and values in every attention",
@@ -255,6 +267,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_PREFIX",
         paper="https://arxiv.org/abs/2101.00190",
+        others=("adapters",),
     ),
     "p_tuning_v2": Facts(
         title="prefix tuning without its network",
@@ -299,6 +312,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_LOREFT",
         paper="https://arxiv.org/abs/2404.03592",
+        others=("adapters", "pyreft"),
     ),
     "direft": Facts(
         title="LoReFT without orthogonality",
@@ -310,6 +324,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_DIREFT",
         paper="https://arxiv.org/abs/2404.03592",
+        others=("adapters", "pyreft"),
     ),
     "mam": Facts(
         title="a prefix and a parallel adapter",
@@ -321,6 +336,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_PREFIX + LIT_PARALLEL",
         paper="https://arxiv.org/abs/2110.04366",
+        others=("adapters",),
     ),
     "unipelt": Facts(
         title="LoRA, prefix and adapter, each behind a gate",
@@ -332,6 +348,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_GATED_LORA + LIT_PREFIX + LIT_PFEIFFER",
         paper="https://arxiv.org/abs/2110.07577",
+        others=("adapters",),
     ),
     "freeze": Facts(
         title="the last layers as they are, the rest frozen",
