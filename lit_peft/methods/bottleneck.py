@@ -122,6 +122,8 @@ class Bottleneck(Adapter):
         42
     """
 
+    site = ("hidden_size", "layer", "causal", "peft_type")
+
     @property
     def peft_type(self) -> str:
         """The kind of folder that holds this adapter: each bottleneck method has its own."""
