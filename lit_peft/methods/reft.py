@@ -237,7 +237,8 @@ class ReFT(PEFT):
         super().on_fit_start()
         assert self.model is not None
         stacks = [module for module in self.model.modules() if isinstance(module, ReFTStack)]
-        strict = {name: c for m in stacks for name, c in m.configs.items() if c.short_prompts == "refuse"}
+        trained = {name: c for m in stacks for name, c in m.configs.items() if name in (m.scope.trained or m.configs)}
+        strict = {name: config for name, config in trained.items() if config.short_prompts == "refuse"}
         lengths = getattr(getattr(self.trainer, "datamodule", None), "prompt_lengths", None)
         if not strict or lengths is None:
             return
