@@ -37,6 +37,8 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora": ("LoRA on bitsandbytes", {}),
     "adalora": ("AdaLoRA", {}),
     "ia3": ("IA3", {}),
+    "prefix": ("prefix tuning", {"prefix_projection": True}),
+    "p_tuning_v2": ("prefix tuning, rows", {"prefix_projection": False}),
 }
 FLOOR = "frozen base"
 
@@ -201,6 +203,10 @@ def _config(method: str, setting: Setting, settings: dict[str, Any]) -> Any:
     known: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     if method == "ia3":
         return peft.IA3Config(**known)
+    if FACTS[method].keyword == "prefix":  # under GQA its network reads rows as wide as a key, ours as the model
+        mine = imported(FACTS[method].config)()
+        sizes = {"num_virtual_tokens": mine.num_virtual_tokens, "encoder_hidden_size": mine.encoder_hidden_size}
+        return peft.PrefixTuningConfig(**known, **sizes, **settings)
     known["target_modules"] = "all-linear"
     if method == "adalora":
         mine = asdict(imported(FACTS[method].config)())

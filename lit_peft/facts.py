@@ -43,7 +43,7 @@ class Facts(NamedTuple):
     @property
     def peft(self) -> bool:
         """Whether HF PEFT has the method and reads its folders."""
-        return not self.peft_type.startswith("LIT_")
+        return "LIT_" not in self.peft_type
 
     @property
     def reads(self) -> list[str]:
@@ -265,7 +265,7 @@ FACTS: dict[str, Facts] = {
         place="attention",
         trained="p d + (d + 1) mu + (mu + 1) 2 L d_kv",
         merges=False,
-        peft_type="LIT_PREFIX",
+        peft_type="PREFIX_TUNING",
         paper="https://arxiv.org/abs/2101.00190",
         others=("adapters",),
     ),
@@ -277,7 +277,7 @@ FACTS: dict[str, Facts] = {
         place="attention",
         trained="2 p d_kv",
         merges=False,
-        peft_type="LIT_P_TUNING_V2",
+        peft_type="PREFIX_TUNING",
         paper="https://arxiv.org/abs/2110.07602",
     ),
     "prompt": Facts(
@@ -334,7 +334,7 @@ FACTS: dict[str, Facts] = {
         place="attention, feed-forward",
         trained="prefix + parallel",
         merges=False,
-        peft_type="LIT_PREFIX + LIT_PARALLEL",
+        peft_type="PREFIX_TUNING + LIT_PARALLEL",
         paper="https://arxiv.org/abs/2110.04366",
         others=("adapters",),
     ),
@@ -346,7 +346,7 @@ FACTS: dict[str, Facts] = {
         place="linear, attention, layer",
         trained="lora + prefix + pfeiffer + gates",
         merges=False,
-        peft_type="LIT_GATED_LORA + LIT_PREFIX + LIT_PFEIFFER",
+        peft_type="LIT_GATED_LORA + LIT_GATED_PREFIX + LIT_PFEIFFER",
         paper="https://arxiv.org/abs/2110.07577",
         others=("adapters",),
     ),

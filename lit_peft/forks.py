@@ -1,4 +1,4 @@
-"""Adapter folders of PEFT's forks: they say PEFT's own `peft_type`, and mean a method that PEFT does not have.
+"""Adapter folders whose `peft_type` is not the method's: those of PEFT's forks, and ours where PEFT's type falls short.
 
 MoRA's fork (kongds/MoRA) writes `peft_type: LORA` with `use_mora: true`. Its `lora_A` and `lora_B` are one module, so
 its files hold the square matrix twice; HF PEFT itself drops `use_mora` with a warning and then meets square tensors.
@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# A prefix that PEFT's format cannot hold (T5's three kinds of attention, gates) is written in a layout of our own.
+OURS_OF = {"LIT_PREFIX": "PREFIX_TUNING"}
 FIRST, SECOND, OURS = ".lora_A.weight", ".lora_B.weight", ".mora_m"
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
     """Return the `peft_type` that a folder's configuration means."""
-    return "LIT_MORA" if config["peft_type"] == "LORA" and config.get("use_mora") else str(config["peft_type"])
+    kind = str(config["peft_type"])
+    return "LIT_MORA" if kind == "LORA" and config.get("use_mora") else OURS_OF.get(kind, kind)
 
 
 def renamed(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -26,7 +29,7 @@ def renamed(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
     Raises:
         ValueError: if the two copies of a matrix differ.
     """
-    if kind_of(config) == config["peft_type"]:
+    if kind_of(config) != "LIT_MORA" or config["peft_type"] == "LIT_MORA":
         return dict(tensors)
     for key, tensor in tensors.items():
         twin = tensors.get(key.removesuffix(SECOND) + FIRST) if key.endswith(SECOND) else None

@@ -33,6 +33,7 @@ from lit_peft.forks import kind_of, renamed
 from lit_peft.targets import KEYS, OWN, bare, file_key, layer_settings, shortest_targets
 from lit_peft.tensor_files import check_same, load_json, load_tensors, repeats, shapes
 from lit_peft.tensor_files import compare_bases as compare_bases
+from lit_peft.virtual_tokens import ENCODER, encoder_keys, inward, lengthened, outward
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -91,18 +92,18 @@ def write(
     # (it places no adapters), else (a task's head) one that HF PEFT reads.
     in_place = [kind for kind in kinds if not owned(model, kind, name)]
     carrier = [*in_place, *(kind for kind in kinds if not kind.startswith("LIT_")), *kinds][0]
-    files: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
+    files: dict[str, tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]] = {}
     for kind, part in zip(kinds, parts, strict=True):
-        config, tensors = _part(model, part, declared if kind == carrier else {}, name)
+        config, tensors, encoder = outward(*_part(model, part, declared if kind == carrier else {}, name))
         config |= {
             "task_type": task_type,
             "base_model_name_or_path": base.get("name"),
             "revision": base.get("revision"),
             "inference_mode": True,
         }
-        if kind.startswith("LIT_"):
+        if config["peft_type"].startswith("LIT_"):
             config[VERSION] = FORMAT
-        files[_short(kind) if stacked else ""] = config, tensors
+        files[_short(kind) if stacked else ""] = config, tensors, encoder
     if dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -114,11 +115,12 @@ def write(
             meta["settings"] = own
         if stacked:
             meta["stack"] = list(files)
-        for part_name, (config, tensors) in files.items():
+        for part_name, (config, tensors, encoder) in files.items():
             target = draft / part_name
             target.mkdir(exist_ok=True)
             _write_json(target / CONFIG, config)
-            save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+            for file, content in ((WEIGHTS, tensors), *([(ENCODER, encoder)] if encoder else [])):
+                save_file(content, target / file, metadata={"format": "pt"})
         _write_json(draft / META, meta)
         draft.chmod(0o755)  # mkdtemp's 0700 would lock others out
         _swap(draft, folder)
@@ -145,7 +147,7 @@ def _swap(draft: Path, folder: Path) -> None:
         draft.rename(folder)
         return
     if (folder / META).is_file():
-        old = [META, CONFIG, WEIGHTS, *load_json(folder / META).get("stack", [])]
+        old = [META, CONFIG, WEIGHTS, ENCODER, *load_json(folder / META).get("stack", [])]
         for entry in [entry for entry in folder.iterdir() if entry.name not in old]:
             target = draft / entry.name  # what others keep beside the adapter (tokenizer, README) stays there
             shutil.copytree(entry, target) if entry.is_dir() else shutil.copy2(entry, target)
@@ -237,7 +239,7 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"{part} has format {version!r}, and this lit_peft reads {FORMAT}. Update it: pip install -U."
             )
-        keys = [_plain(key, part) for key in shapes(part / WEIGHTS)]
+        keys = [_plain(lengthened(config, key), part) for key in shapes(part / WEIGHTS)] + encoder_keys(part)
         configs.append({**config, KEYS: keys, OWN: own.get(config["peft_type"])})
     return configs
 
@@ -262,7 +264,11 @@ def contents(folder: str | Path, model: nn.Module | None = None) -> list[tuple[P
         told = reader()
         return [(told.file, part.tensors if model is None else placed(told, part, model)) for part in told.parts]
     files = [part / WEIGHTS for part in part_folders(folder)]
-    return [(file, {_plain(key, file.parent): t for key, t in load_tensors(file).items()}) for file in files]
+    found = zip(files, read_configs(folder), strict=True)
+    return [
+        (file, {_plain(lengthened(config, key), file.parent): t for key, t in load_tensors(file).items()})
+        for file, config in found
+    ]
 
 
 def part_folders(folder: str | Path) -> list[Path]:
@@ -324,9 +330,11 @@ def read(
     fitting: list[tuple[Adapter, dict[str, Tensor]]] = []
     in_place: list[tuple[Tensor, Tensor]] = []
     for (file, tensors), config in zip(contents(folder, model), configs, strict=True):
-        left = renamed(config, tensors)
-        left = {key: tensor for key, tensor in left.items() if not repeats(key, left)}
         holders = owned(model, kind_of(config), name)
+        left = inward(
+            file.parent, config, renamed(config, tensors), {bare(p): a.tensors(name).keys() for p, a in holders}
+        )
+        left = {key: tensor for key, tensor in left.items() if not repeats(key, left)}
         wrapped = {bare(path) for path, _ in holders}
         for path, adapter in holders:
             mine = {}

@@ -33,12 +33,25 @@ class Prefix:
         values: the same.
         visible: (batch, p), False where a row has no such prefix token; None: all are seen.
         used: numbers of the modules that have attended to it in this call.
+        masks: what a mask became, as the layers of a call share theirs; with the mask itself, so that its id is taken.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     visible: Tensor | None = None
     used: set[int] = field(default_factory=set)
+    masks: dict[tuple[Any, ...], tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
+
+
+class Recorder:
+    """Stands in a prefix's place to note the keys and values of the text itself.
+
+    Attributes:
+        found: (batch, kv_heads, length, head_dim) of keys and of values, by number of the attention module.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[int, tuple[Tensor, Tensor]] = {}
 
 
 def attend(
@@ -55,10 +68,13 @@ def attend(
     query is (batch, heads, length, head_dim), key and value (batch, kv_heads, key length, head_dim). Every token sees
     the whole prefix; among the others it sees what the mask says.
     """
-    prefix: Prefix | None = kwargs.pop(KEYWORD, None)
+    prefix: Prefix | Recorder | None = kwargs.pop(KEYWORD, None)
     gate: Tensor | None = kwargs.pop(GATE, None)
     number = module.__dict__.get(INDEX)
-    if prefix is None or number is None:
+    if isinstance(prefix, Recorder) and number is not None:
+        prefix.found[number] = key.detach(), value.detach()
+        prefix = None
+    if not isinstance(prefix, Prefix) or number is None:
         return inner(module, query, key, value, attention_mask, **kwargs)
     prefix.used.add(number)
     rows, length, own = query.shape[0], query.shape[2], key.shape[2]
@@ -66,13 +82,13 @@ def attend(
     p = k.shape[2]
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    if attention_mask is None and causal and length > 1:
-        # aligned at the end: the queries are the last of the keys
-        attention_mask = torch.ones(length, own, dtype=torch.bool, device=key.device).tril(own - length)[None, None]
-    if attention_mask is None and prefix.visible is not None:
-        attention_mask = torch.ones(1, 1, length, own, dtype=torch.bool, device=key.device)
-    if attention_mask is not None:
-        attention_mask = _extended(attention_mask, prefix.visible, p)
+    same = (id(attention_mask), length, own, causal, key.device)
+    if torch.compiler.is_compiling():
+        attention_mask = _masked(attention_mask, prefix.visible, causal, length, own, k)
+    else:
+        if same not in prefix.masks:
+            prefix.masks[same] = attention_mask, _masked(attention_mask, prefix.visible, causal, length, own, k)
+        attention_mask = prefix.masks[same][1]
     bias = kwargs.pop("position_bias", None)
     if bias is not None:  # T5: relative positions count between text tokens only
         kwargs["position_bias"] = F.pad(bias, (p, 0))
@@ -125,6 +141,18 @@ def _gated(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _masked(
+    mask: Tensor | None, visible: Tensor | None, causal: bool, length: int, own: int, prefix: Tensor
+) -> Tensor | None:
+    """Return the mask over [prefix; text], from that over the text; None where all is seen."""
+    if mask is None and causal and length > 1:
+        # aligned at the end: the queries are the last of the keys
+        mask = torch.ones(length, own, dtype=torch.bool, device=prefix.device).tril(own - length)[None, None]
+    if mask is None and visible is not None:
+        mask = torch.ones(1, 1, length, own, dtype=torch.bool, device=prefix.device)
+    return None if mask is None else _extended(mask, visible, prefix.shape[2])
+
+
 def _extended(mask: Tensor, visible: Tensor | None, p: int) -> Tensor:
     """Put columns for the prefix in front of a mask (batch or 1, 1 or heads, length, keys), boolean or additive."""
     boolean = mask.dtype == torch.bool
@@ -149,7 +177,8 @@ def prepare(model: nn.Module, modules: list[nn.Module]) -> None:
         TypeError: if a module does not go through transformers' attention interface, or uses another function than
             `sdpa` or `eager`.
     """
-    for number, module in enumerate(modules):
+    names: list[str] = []
+    for module in modules:
         config: Any = getattr(module, "config", None)
         source = sys.modules.get(type(module).__module__)
         if config is None or not hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
@@ -160,7 +189,10 @@ def prepare(model: nn.Module, modules: list[nn.Module]) -> None:
         chosen = config._attn_implementation
         if chosen not in NAMES and chosen not in NAMES.values():
             raise TypeError(f"Prefixes need sdpa or eager attention, not {chosen!r}. Set attn_implementation: sdpa.")
-        config._attn_implementation = NAMES.get(chosen, chosen)
+        names.append(NAMES.get(chosen, chosen))
+    for number, (module, name) in enumerate(zip(modules, names, strict=True)):  # only now is anything changed
+        config = module.config
+        config._attn_implementation = name
         module.__dict__[INDEX] = number
 
 

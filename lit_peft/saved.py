@@ -98,8 +98,14 @@ def methods_of(peft_types: Sequence[str], folder: Path) -> list[str]:
     """
     outermost_first = list(reversed(peft_types))
     together = " + ".join(outermost_first)
-    composed = [name for name, facts in FACTS.items() if facts.peft_type == together]
-    return composed[:1] or [method_of(peft_type, folder) for peft_type in outermost_first]
+    composed = [name for name, facts in FACTS.items() if facts.peft_type == together and len(peft_types) > 1]
+    noted = hub.read_meta(folder).get("settings", {})  # which of several methods of one type, where it was written here
+
+    def chosen(kind: str) -> str:
+        method = noted.get(kind, {}).get("method")
+        return str(method) if method in FACTS and FACTS[method].peft_type == kind else method_of(kind, folder)
+
+    return composed[:1] or [chosen(kind) for kind in outermost_first]
 
 
 def merge_summary(report: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lit_peft import hub, named
 from lit_peft.adapter import Adapter, adapter_names, check_name, named_adapters, scope_of
 from lit_peft.catalogue import FACTS
+from lit_peft.forks import kind_of
 from lit_peft.module import AdaptableModule
 from lit_peft.targets import bare
 
@@ -272,7 +273,7 @@ class AdapterSets(AdaptableModule):
         placers = self._placers(wanted, settings, name)
         if folder is not None:
             configs = hub.read_configs(folder)
-            found = {config["peft_type"] for config in configs}
+            found = {kind_of(config) for config in configs}
             placers = [placer for placer in placers if found.issuperset(placer.kinds())]
             missing = sorted(found - {kind for placer in placers for kind in placer.kinds()})
             if missing:

@@ -108,16 +108,27 @@ def test_another_attention_function_is_refused(tmp_path: Path) -> None:
         module.configure_model()
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("value", [0.5, 1.0])
 @torch.no_grad()
-def test_a_fixed_gate(value: float, tmp_path: Path) -> None:
-    """At 1 it is the plain prefix; at 0 keys and values are zero, which still take their share of the softmax."""
+def test_a_fixed_gate_scales_keys_and_values(value: float, tmp_path: Path) -> None:
     plain = placed("llama", tmp_path / "a")
     gated = placed("llama", tmp_path / "b", gate=value)
     ids = torch.randint(8, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
     table = host(gated).prefix_table["default"]
     host(plain).prefix_table["default"].copy_(table * value)
     assert torch.allclose(plain.model(input_ids=ids).logits, gated.model(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+@torch.no_grad()
+def test_a_gate_at_zero_leaves_the_prefix_out(kind: str, tmp_path: Path) -> None:
+    """Keys of zero would still take their share of the softmax, and the text would still begin at position p."""
+    module = placed(kind, tmp_path / "m", gate=0.0)
+    ids = torch.randint(8, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if kind == "t5" else {})
+    found = module.model(**inputs).logits
+    with disabled(module):
+        assert torch.equal(found, module.model(**inputs).logits)
 
 
 @torch.no_grad()

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lit_peft.adapter import named_adapters
 from lit_peft.gates import Gates
-from lit_peft.named import adapters, routed
+from lit_peft.named import adapters, disabled, routed
 from lit_peft.selection import telling
 from lit_peft.zoo import compose
 from tests.models import VOCAB, save_tiny
-from tests.test_methods import batch, outputs, shake
+from tests.test_methods import batch, loader, outputs, quick_trainer, shake
 
 PARTS: dict[str, Any] = {
     "lora": {"r": 2, "alpha": 2},
@@ -45,42 +45,102 @@ def copy_weights(source: nn.Module, target: nn.Module) -> int:
     return copied
 
 
+TEXT = torch.randint(8, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def logits(module: Any) -> Tensor:
+    found: Tensor = module.model(input_ids=TEXT).logits
+    return found
+
+
+def turned(method: str, folder: Path, **gates: float) -> Any:
+    """A composed method with fixed gates, all of its weights moved away from where they do nothing."""
+    settings = {part: {**PARTS[part], "gate": gate} for part, gate in gates.items()}
+    module = built(method, folder, **settings)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for _, adapter in named_adapters(module.model):
+            for _, parameter in adapter.own_parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return module
+
+
+def plain(parts: list[str], folder: Path) -> Any:
+    """The methods of some parts, stacked in UniPELT's order, without gates."""
+    settings = {part: dict(PARTS[part]) for part in parts}
+    if "lora" in settings:
+        settings["lora"]["target_modules"] = ["q_proj", "v_proj"]
+    return built("+".join(ALONE[part] for part in parts), folder, **settings)
+
+
+@pytest.mark.parametrize("on", [["lora"], ["prefix"], ["bottleneck"], ["lora", "bottleneck"], ["prefix", "bottleneck"]])
 @torch.no_grad()
-def test_fixed_gates_isolate_each_part(tmp_path: Path) -> None:
-    ids = torch.randint(8, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
-    for part, method in ALONE.items():
-        if part == "prefix":  # a prefix of zeros still takes its share of the softmax, so the others alone are compared
-            continue
-        gates = {other: {**settings, "gate": 1.0 if other == part else 0.0} for other, settings in PARTS.items()}
-        module = built("unipelt", tmp_path / f"all-{part}", **gates)
-        shake(module)
-        settings = {part: dict(PARTS[part])}
-        if part == "lora":
-            settings["lora"]["target_modules"] = ["q_proj", "v_proj"]
-        alone = built(method, tmp_path / f"one-{part}", **settings)
-        assert copy_weights(module.model, alone.model) == len([p for p in alone.model.parameters() if p.requires_grad])
-        zero_prefix(module)
-        assert torch.allclose(module.model(input_ids=ids).logits, alone.model(input_ids=ids).logits, atol=1e-5), part
-
-
-def zero_prefix(module: Any) -> None:
-    """Take the prefix away, by taking its adapters out of the model."""
-    from lit_peft.methods.prefix import PrefixBackbone, PrefixGate
-
-    for path, adapter in reversed(list(named_adapters(module.model))):
-        if isinstance(adapter, PrefixBackbone | PrefixGate):
-            module.model.set_submodule(path, adapter.base)
+def test_fixed_gates_isolate_each_part(on: list[str], tmp_path: Path) -> None:
+    module = turned("unipelt", tmp_path / "all", **{part: float(part in on) for part in PARTS})
+    alone = plain(on, tmp_path / "one")
+    assert copy_weights(module.model, alone.model) == len([p for p in alone.model.parameters() if p.requires_grad])
+    assert torch.allclose(logits(module), logits(alone), atol=1e-6 * float(logits(alone).abs().max()))
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(TEXT)}
+    assert torch.equal(*(one.model.generate(input_ids=TEXT, **settings) for one in (module, alone)))
 
 
 @torch.no_grad()
-def test_mam_without_a_part_is_the_other(tmp_path: Path) -> None:
-    ids = torch.randint(8, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
-    module = built("mam", tmp_path / "mam", prefix=PARTS["prefix"], bottleneck=PARTS["bottleneck"])
+def test_all_gates_at_one_are_the_parts_together(tmp_path: Path) -> None:
+    module = turned("unipelt", tmp_path / "all", **dict.fromkeys(PARTS, 1.0))
+    together = plain(list(PARTS), tmp_path / "stack")
+    assert copy_weights(module.model, together.model) == len(
+        [p for p in together.model.parameters() if p.requires_grad]
+    )
+    assert torch.allclose(logits(module), logits(together), atol=1e-6 * float(logits(together).abs().max()))
+
+
+@torch.no_grad()
+def test_all_gates_at_zero_are_the_base(tmp_path: Path) -> None:
+    module = turned("unipelt", tmp_path / "all", **dict.fromkeys(PARTS, 0.0))
+    with disabled(module):
+        expected = logits(module)
+    assert torch.equal(logits(module), expected)
+
+
+@pytest.mark.parametrize(("on", "method"), [("prefix", "prefix"), ("bottleneck", "parallel")])
+@torch.no_grad()
+def test_mam_without_a_part_is_the_other(on: str, method: str, tmp_path: Path) -> None:
+    module = turned("mam", tmp_path / "mam", **{part: float(part == on) for part in ("prefix", "bottleneck")})
+    alone = built(method, tmp_path / "one", **{on: PARTS[on]})
+    assert copy_weights(module.model, alone.model) == len([p for p in alone.model.parameters() if p.requires_grad])
+    assert torch.allclose(logits(module), logits(alone), atol=1e-6 * float(logits(alone).abs().max()))
+
+
+def test_what_is_switched_off_is_not_trained(tmp_path: Path) -> None:
+    module = turned("mam", tmp_path / "mam", prefix=0.0, bottleneck=1.0)
+    trained = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert not [name for name in trained if "prefix" in name]
+
+
+@torch.no_grad()
+def test_a_prefix_that_is_off_beside_one_that_is_on(tmp_path: Path) -> None:
+    module = turned("unipelt", tmp_path / "all", lora=0.0, prefix=0.0, bottleneck=0.0)
+    module.add_adapter("b", **{part: {**settings, "gate": 1.0} for part, settings in PARTS.items()})
     shake(module)
-    alone = built("parallel", tmp_path / "one", bottleneck=PARTS["bottleneck"])
-    assert copy_weights(module.model, alone.model) == 8
-    zero_prefix(module)
-    assert torch.allclose(module.model(input_ids=ids).logits, alone.model(input_ids=ids).logits, atol=1e-6)
+    with routed(module, ["default", "b"]):
+        mixed = logits(module)
+    for row, name in enumerate(("default", "b")):
+        with adapters(module, name):
+            assert torch.allclose(mixed[row], logits(module)[row], atol=1e-5)
+    assert (mixed[0] - mixed[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("kind", "task"), [("llama", "sft"), ("bert", "classification")])
+def test_gates_are_metrics(kind: str, task: str, tmp_path: Path) -> None:
+    folder = save_tiny(kind, tmp_path / kind, task="classification" if task == "classification" else "lm")
+    labels = {"labels": ["a", "b", "c"]} if task == "classification" else {}
+    module: Any = compose("unipelt", task)(str(folder), gradient_checkpointing=True, **labels, **PARTS)
+    trainer = quick_trainer(tmp_path, max_steps=2)
+    trainer.fit(module, loader(task, 2))
+    gates = {key: float(value) for key, value in trainer.logged_metrics.items() if "gate" in key}
+    assert gates.keys() == {"train_gate_lora", "train_gate_prefix", "train_gate_bottleneck"}
+    assert all(0.2 < value < 0.8 and value != 0.5 for value in gates.values())
 
 
 @torch.no_grad()

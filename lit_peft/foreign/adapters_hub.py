@@ -63,6 +63,9 @@ def read(folder: Path, note: Mapping[str, Any]) -> Told:
             f"{file} holds {len(left)} tensors that its configuration does not explain, such as {sorted(left)[0]!r}. "
             "Is the configuration another adapter's?"
         )
+    if any(part.config["peft_type"] == "LIT_GATED_LORA" for part in parts):  # UniPELT's prefix is of a kind of its own
+        for part in parts:
+            part.config["peft_type"] = GATED.get(part.config["peft_type"], part.config["peft_type"])
     parts.sort(key=lambda part: OUTERMOST_LAST.index(part.config["peft_type"]))
     model_class = str(note.get("model_class") or "")
     common = {
@@ -180,6 +183,11 @@ def _prefix(folder: Path, config: Mapping[str, Any], left: Tensors) -> list[Part
         if name in found and not torch.equal(found[name], tensor):
             raise ValueError(f"{folder} has several prefixes under {key!r}, which should be one. Is it damaged?")
         found[name] = tensor
+    if not config.get("flat"):  # a folder of ours holds the rows beside the network that yields them
+        e, w1, b1, w2, b2 = (found.get(f"stack.0.{PREFIX[leaf]}") for leaf in [*PREFIX][:5])
+        if e is None or w1 is None or b1 is None or w2 is None or b2 is None:
+            raise ValueError(f"{folder} lacks a part of its prefix's network; it has {sorted(found)}. Copy it again.")
+        found["stack.0.prompt_embeddings"] = torch.tanh(e @ w1.t() + b1) @ w2.t() + b2
     for key, spot, leaf in _taken(left, r"prefix_gates"):
         found[f"attention.{spot}.prefix_gate.{leaf}"] = left.pop(key).flatten()
     made = {
@@ -276,8 +284,9 @@ READERS: dict[str | None, Callable[[Path, Mapping[str, Any], Tensors], list[Part
 }
 OUTERMOST_LAST = (
     *("LIT_HOULSBY", "LIT_PFEIFFER", "LIT_PARALLEL", "LIT_COMPACTER"),
-    *("LIT_PREFIX", "LIT_GATED_LORA", "LIT_LOREFT", "LIT_DIREFT"),
+    *("LIT_PREFIX", "LIT_GATED_PREFIX", "LIT_GATED_LORA", "LIT_LOREFT", "LIT_DIREFT"),
 )
+GATED = {"LIT_PREFIX": "LIT_GATED_PREFIX"}
 LINEAR = {
     "adapter_down.0.weight": "bottleneck_down",
     "adapter_down.0.bias": "bottleneck_down_bias",
@@ -297,7 +306,7 @@ PREFIX = {
     "control_trans.0.bias": "prefix_hidden_bias",
     "control_trans.2.weight": "prefix_output",
     "control_trans.2.bias": "prefix_output_bias",
-    "control_trans": "prefix_table",
+    "control_trans": "prompt_embeddings",
 }
 LORA = {
     "lora_A": "lora_A.weight",

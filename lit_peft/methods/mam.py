@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from lit_peft.methods.parallel import ParallelAdapter, ParallelConfig
-from lit_peft.methods.prefix import PrefixConfig, PrefixTuning
+from lit_peft.methods.prefix import PrefixTuning
+from lit_peft.methods.prefix_config import PrefixConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class MAMPrefixConfig(PrefixConfig):
         prefix_projection: train the rows through a network instead of directly.
         encoder_hidden_size: width of that network's hidden layer.
         dropout: dropout on the rows.
-        gate: scale the prefix by a learned gate for each token, or by a fixed number.
+        gate: scale the prefix by a learned gate for each token, or by a fixed number; 0 leaves it out.
+        init_text: start from the keys and values of this text, repeated or cut to p tokens. Empty: at random.
     """
 
     encoder_hidden_size: int = 800

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lit_peft.methods.prefix import PrefixConfig, PrefixTuning
+from lit_peft.methods.prefix import PrefixTuning
+from lit_peft.methods.prefix_config import PrefixConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +22,13 @@ class PTuningV2Config(PrefixConfig):
         prefix_projection: train the rows through a network instead of directly.
         encoder_hidden_size: width of that network's hidden layer.
         dropout: dropout on the rows.
+        gate: scale the prefix by a learned gate for each token, or by a fixed number; 0 leaves it out.
+        init_text: start from the keys and values of this text, repeated or cut to p tokens. Empty: at random.
     """
 
     prefix_projection: bool = False
 
     default_lr: ClassVar[float] = 1e-2
-    peft_type: ClassVar[str] = "LIT_P_TUNING_V2"
 
 
 class PTuningV2(PrefixTuning):

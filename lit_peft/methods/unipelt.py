@@ -4,7 +4,8 @@
 
 Nothing but a composition of three methods with gates. The gates start near 1/2. On decoders there is one for each
 token: the paper's average over the sequence would let a token see those behind it. `train_gate_lora` and so on are
-logged.
+logged. A gate may be a fixed number instead. At 1 its part is the plain method. At 0 its part is gone: the prefix is
+left out with its positions, as keys of zero would still take their share of the softmax.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from lit_peft.gates import watched
 from lit_peft.low_rank.gated import GatedLoRALinear
 from lit_peft.methods.lora import LoRA, LoRAConfig
 from lit_peft.methods.pfeiffer import Pfeiffer, PfeifferConfig
-from lit_peft.methods.prefix import PrefixConfig, PrefixTuning
+from lit_peft.methods.prefix import PrefixTuning
+from lit_peft.methods.prefix_config import PrefixConfig
 from lit_peft.placing import join
 from lit_peft.selection import telling
 from lit_peft.sites import linears, match
@@ -59,6 +61,7 @@ class GatedPrefixConfig(PrefixConfig):
     gate: bool | float = True
 
     default_lr: ClassVar[float] = 2e-4
+    peft_type: ClassVar[str] = "LIT_GATED_PREFIX"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from lit_peft.mixin import PEFT
 from lit_peft.quiet import quiet
 from lit_peft.restore import load
 from lit_peft.verbs.readers import READERS, Exported
+from lit_peft.virtual_tokens import STORED
 
 
 def run(
@@ -84,7 +85,8 @@ def run(
 
 def _check(module: PEFT, name: str) -> None:
     parts = module.parts_of(name)
-    own = [part["peft_type"].removeprefix("LIT_").lower() for part in parts if part["peft_type"].startswith("LIT_")]
+    kinds = [str(part.get(STORED, part["peft_type"])) for part in parts]
+    own = [kind.removeprefix("LIT_").lower() for kind in kinds if kind.startswith("LIT_")]
     if own:
         raise ValueError(f"HF PEFT has no {own[0]}, so it cannot load this. Write the merged model instead: --to hf.")
     if len(parts) > 1:
