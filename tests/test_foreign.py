@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lit_peft import hub, load
 from lit_peft.methods.reft import edited
-from lit_peft.named import adapters, disabled
+from lit_peft.named import adapters, disabled, routed
 from lit_peft.saved import locate
 from lit_peft.verbs import inspect
 from lit_peft.zoo import compose
@@ -36,6 +36,7 @@ from tests.foreign_folders import (
     base_of,
 )
 from tests.models import VOCAB
+from tests.test_methods import batch, gradients, shake
 
 
 def plain(kind: str, base: Path) -> Any:
@@ -120,6 +121,11 @@ def with_bottlenecks(kind: str, model: Any, config: Mapping[str, Any], t: Mappin
                     return out  # type: ignore[no-any-return]
 
                 whole.forward = forward
+            elif config["is_parallel"]:
+                norm = block.post_attention_layernorm if kind == "llama" else block.ln_2
+                read: list[Tensor] = []
+                norm.register_forward_pre_hook(lambda _, args, read=read: read.append(args[0]))
+                changed(block.mlp, lambda h, f=f, read=read: h + f(read.pop()))
             elif config["original_ln_before"]:
                 changed(block, lambda h, f=f: h + f(h))
             else:
@@ -176,15 +182,43 @@ def test_bottlenecks(settings: dict[str, Any], kind: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("settings", [PARALLEL, {**PARALLEL, "scaling": "learned"}], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "roberta"])
 @torch.no_grad()
-def test_parallel_bottlenecks(settings: dict[str, Any], tmp_path: Path) -> None:
-    base, config = base_of("bert", tmp_path), {**BOTTLENECK, **settings}
-    tensors = made.bottleneck("bert", config)
-    folder = made.write_adapters(tmp_path / "a", "bert", base, config, tensors)
-    reference = plain("bert", base)
-    with_bottlenecks("bert", reference, config, tensors)
-    found = loaded("bert", folder).model(input_ids=ids()).logits
-    assert torch.allclose(found, reference(input_ids=ids()).logits, atol=1e-4)
+def test_parallel_bottlenecks(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    base, config = base_of(kind, tmp_path), {**BOTTLENECK, **settings}
+    tensors = made.bottleneck(kind, config)
+    folder = made.write_adapters(tmp_path / "a", kind, base, config, tensors)
+    reference = plain(kind, base)
+    with_bottlenecks(kind, reference, config, tensors)
+    expected = reference(input_ids=ids()).logits
+    module = loaded(kind, folder)
+    assert torch.allclose(module.model(input_ids=ids()).logits, expected, atol=1e-4, rtol=1e-4)
+    with disabled(module):
+        before = module.model(input_ids=ids()).logits
+    assert torch.allclose(before, plain(kind, base)(input_ids=ids()).logits, atol=1e-5)
+    if kind == "llama":
+        with routed(module, ["default", None]):
+            mixed = module.model(input_ids=ids()).logits
+        assert torch.allclose(mixed[0], expected[0], atol=1e-4, rtol=1e-4)
+        assert torch.allclose(mixed[1], before[1], atol=1e-5)
+        again: Any = load(module.save_adapter(tmp_path / "ours"), device="cpu")
+        assert torch.allclose(again.model(input_ids=ids()).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_reading_the_stream_goes_with_gradient_checkpointing(tmp_path: Path) -> None:
+    found = []
+    for checkpointing in (False, True):
+        module: Any = compose("parallel", "sft")(
+            str(base_of("llama", tmp_path / str(checkpointing))),
+            bottleneck={"bottleneck_size": 4, "reads_stream": True},
+            gradient_checkpointing=checkpointing,
+        )
+        module.configure_model()
+        shake(module)
+        found.append(gradients(module, batch("sft")))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.allclose(found[1][name], gradient, atol=1e-5) for name, gradient in found[0].items())
+    assert all(gradient.any() for gradient in found[0].values())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
