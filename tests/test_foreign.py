@@ -221,6 +221,29 @@ def test_reading_the_stream_goes_with_gradient_checkpointing(tmp_path: Path) -> 
     assert all(gradient.any() for gradient in found[0].values())
 
 
+def behind_prefix(kind: str, reference: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    """Decoders: a cache, whose text begins at position 0 all the same."""
+    cache = DynamicCache()
+    for layer, (key, value) in enumerate(prefix_of(kind, config, tensors)):
+        cache.update(key[None].expand(2, -1, -1, -1), value[None].expand(2, -1, -1, -1), layer)
+    mask, positions = torch.ones(2, P + 9, dtype=torch.long), torch.arange(9)[None].expand(2, -1)
+    out = reference(input_ids=ids(), attention_mask=mask, position_ids=positions, past_key_values=cache)
+    logits: Tensor = out.logits
+    return logits
+
+
+@torch.no_grad()
+def test_mam_on_a_decoder(tmp_path: Path) -> None:
+    base, parallel = base_of("llama", tmp_path), {**BOTTLENECK, **PARALLEL}
+    tensors = made.prefix("llama", PREFIX) | made.bottleneck("llama", parallel)
+    union = {"architecture": "union", "configs": [PREFIX, parallel]}
+    folder = made.write_adapters(tmp_path / "a", "llama", base, union, tensors)
+    reference = plain("llama", base)
+    with_bottlenecks("llama", reference, parallel, tensors)
+    expected = behind_prefix("llama", reference, PREFIX, tensors)
+    assert torch.allclose(loaded("llama", folder).model(input_ids=ids()).logits, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("flat", [False, True])
 @torch.no_grad()
