@@ -36,7 +36,6 @@ from tests.foreign_folders import (
     base_of,
 )
 from tests.models import VOCAB
-from tests.test_methods import batch, gradients, shake
 
 
 def plain(kind: str, base: Path) -> Any:
@@ -203,22 +202,6 @@ def test_parallel_bottlenecks(kind: str, settings: dict[str, Any], tmp_path: Pat
         assert torch.allclose(mixed[1], before[1], atol=1e-5)
         again: Any = load(module.save_adapter(tmp_path / "ours"), device="cpu")
         assert torch.allclose(again.model(input_ids=ids()).logits, expected, atol=1e-4, rtol=1e-4)
-
-
-def test_reading_the_stream_goes_with_gradient_checkpointing(tmp_path: Path) -> None:
-    found = []
-    for checkpointing in (False, True):
-        module: Any = compose("parallel", "sft")(
-            str(base_of("llama", tmp_path / str(checkpointing))),
-            bottleneck={"bottleneck_size": 4, "reads_stream": True},
-            gradient_checkpointing=checkpointing,
-        )
-        module.configure_model()
-        shake(module)
-        found.append(gradients(module, batch("sft")))
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.allclose(found[1][name], gradient, atol=1e-5) for name, gradient in found[0].items())
-    assert all(gradient.any() for gradient in found[0].values())
 
 
 def behind_prefix(kind: str, reference: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
