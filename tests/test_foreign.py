@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lit_peft import hub, load
 from lit_peft.methods.reft import edited
-from lit_peft.named import adapters, disabled
+from lit_peft.named import adapters, disabled, routed
 from lit_peft.saved import locate
 from lit_peft.verbs import inspect
 from lit_peft.zoo import compose
@@ -120,6 +120,11 @@ def with_bottlenecks(kind: str, model: Any, config: Mapping[str, Any], t: Mappin
                     return out  # type: ignore[no-any-return]
 
                 whole.forward = forward
+            elif config["is_parallel"]:
+                norm = block.post_attention_layernorm if kind == "llama" else block.ln_2
+                read: list[Tensor] = []
+                norm.register_forward_pre_hook(lambda _, args, read=read: read.append(args[0]))
+                changed(block.mlp, lambda h, f=f, read=read: h + f(read.pop()))
             elif config["original_ln_before"]:
                 changed(block, lambda h, f=f: h + f(h))
             else:
@@ -176,15 +181,50 @@ def test_bottlenecks(settings: dict[str, Any], kind: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("settings", [PARALLEL, {**PARALLEL, "scaling": "learned"}], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "roberta"])
 @torch.no_grad()
-def test_parallel_bottlenecks(settings: dict[str, Any], tmp_path: Path) -> None:
-    base, config = base_of("bert", tmp_path), {**BOTTLENECK, **settings}
-    tensors = made.bottleneck("bert", config)
-    folder = made.write_adapters(tmp_path / "a", "bert", base, config, tensors)
-    reference = plain("bert", base)
-    with_bottlenecks("bert", reference, config, tensors)
-    found = loaded("bert", folder).model(input_ids=ids()).logits
-    assert torch.allclose(found, reference(input_ids=ids()).logits, atol=1e-4)
+def test_parallel_bottlenecks(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    base, config = base_of(kind, tmp_path), {**BOTTLENECK, **settings}
+    tensors = made.bottleneck(kind, config)
+    folder = made.write_adapters(tmp_path / "a", kind, base, config, tensors)
+    reference = plain(kind, base)
+    with_bottlenecks(kind, reference, config, tensors)
+    expected = reference(input_ids=ids()).logits
+    module = loaded(kind, folder)
+    assert torch.allclose(module.model(input_ids=ids()).logits, expected, atol=1e-4, rtol=1e-4)
+    with disabled(module):
+        before = module.model(input_ids=ids()).logits
+    assert torch.allclose(before, plain(kind, base)(input_ids=ids()).logits, atol=1e-5)
+    if kind == "llama":
+        with routed(module, ["default", None]):
+            mixed = module.model(input_ids=ids()).logits
+        assert torch.allclose(mixed[0], expected[0], atol=1e-4, rtol=1e-4)
+        assert torch.allclose(mixed[1], before[1], atol=1e-5)
+        again: Any = load(module.save_adapter(tmp_path / "ours"), device="cpu")
+        assert torch.allclose(again.model(input_ids=ids()).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def behind_prefix(kind: str, reference: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:
+    """Decoders: a cache, whose text begins at position 0 all the same."""
+    cache = DynamicCache()
+    for layer, (key, value) in enumerate(prefix_of(kind, config, tensors)):
+        cache.update(key[None].expand(2, -1, -1, -1), value[None].expand(2, -1, -1, -1), layer)
+    mask, positions = torch.ones(2, P + 9, dtype=torch.long), torch.arange(9)[None].expand(2, -1)
+    out = reference(input_ids=ids(), attention_mask=mask, position_ids=positions, past_key_values=cache)
+    logits: Tensor = out.logits
+    return logits
+
+
+@torch.no_grad()
+def test_mam_on_a_decoder(tmp_path: Path) -> None:
+    base, parallel = base_of("llama", tmp_path), {**BOTTLENECK, **PARALLEL}
+    tensors = made.prefix("llama", PREFIX) | made.bottleneck("llama", parallel)
+    union = {"architecture": "union", "configs": [PREFIX, parallel]}
+    folder = made.write_adapters(tmp_path / "a", "llama", base, union, tensors)
+    reference = plain("llama", base)
+    with_bottlenecks("llama", reference, parallel, tensors)
+    expected = behind_prefix("llama", reference, PREFIX, tensors)
+    assert torch.allclose(loaded("llama", folder).model(input_ids=ids()).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])

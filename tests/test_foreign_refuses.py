@@ -11,17 +11,10 @@ import torch
 
 from lit_peft import load
 from tests import foreign_folders as made
-from tests.foreign_folders import BOTTLENECK, COMPACTER, PARALLEL, PREFIX, REFT, D, base_of
+from tests.foreign_folders import BOTTLENECK, COMPACTER, PREFIX, REFT, D, base_of
 from tests.models import save_tiny
 
 WRONG = 9  # a width that the bottlenecks do not have
-
-
-def test_parallel_bottlenecks_of_decoders_are_refused(tmp_path: Path) -> None:
-    base, config = base_of("llama", tmp_path), {**BOTTLENECK, **PARALLEL}
-    folder = made.write_adapters(tmp_path / "a", "llama", base, config, made.bottleneck("llama", config))
-    with pytest.raises(ValueError, match=r"before it is normalised.*--method parallel"):
-        load(folder, device="cpu")
 
 
 def test_mean_gates_on_a_decoder_are_refused(tmp_path: Path) -> None:

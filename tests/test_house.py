@@ -46,7 +46,7 @@ ROOMS = {
     "prefixed": "",
     "gates": "selection",
     "module": "adapter",
-    "foreign": "adapter sites sublayers targets tensor_files",
+    "foreign": "sites sublayers targets tensor_files",
     "hub": "adapter sites structure targets backbone tensor_files forks foreign virtual_tokens",
     "merging": "adapter weights hub backbone rewriting quantised",
     "callbacks": "adapter named weights module hub merging backbone faults rewriting tensor_files",

@@ -161,6 +161,7 @@ def _bottleneck(folder: Path, config: Mapping[str, Any], left: Tensors) -> list[
             "scale": 1.0 if isinstance(scale, str) else scale,
             "leave_out": list(config.get("leave_out") or []) or None,
             "gate": gate,
+            "reads_stream": True,  # of parallel adapters, which there read the stream before it is normalised
         }
     return [Part(made, found, MEAN_GATE if gate else "")]
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_peft.adapter import innermost
 from lit_peft.sites import stacks
-from lit_peft.sublayers import after, attention_cores, beside, hosts, is_causal, is_norm, on_sum
+from lit_peft.sublayers import after, attention_cores, beside, hosts, is_causal, on_sum
 from lit_peft.targets import bare
 from lit_peft.tensor_files import load_tensors
 
@@ -64,24 +63,12 @@ def _in_order(paths: list[str]) -> dict[str, str]:
     return {str(number): path for number, path in enumerate(paths)}
 
 
-def _sides(model: nn.Module) -> dict[str, str]:
-    """Feed-forwards that parallel adapters stand beside, where both libraries let them read the same."""
-    found = beside(model)
-    for path in found:
-        if not any(is_norm(innermost(child)) for child in innermost(model.get_submodule(path)).children()):
-            raise ValueError(
-                f"The folder's parallel adapters read the stream of a {type(model).__name__} before it is normalised, "
-                "and here they read what the feed-forward reads. Train it anew with --method parallel."
-            )
-    return _by_layer(found)
-
-
 # what a reader may say of a tensor -> number -> the module's path in this model
 ROLES: dict[str, Callable[[nn.Module], dict[str, str]]] = {
     "attention_output": lambda model: _by_layer(after(model)[0]),
     "feed_forward_output": lambda model: _by_layer(after(model)[1]),
     "layer_sum": lambda model: _by_layer(on_sum(model)),
-    "feed_forward_side": _sides,
+    "feed_forward_side": lambda model: _by_layer(beside(model)),
     "layer": lambda model: _in_order(stacks(model)[0]),
     "attention": lambda model: _in_order(attention_cores(model)),
     "stack": lambda model: _in_order(hosts(model)),

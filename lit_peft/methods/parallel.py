@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lit_peft.adapter import Adapter
+from lit_peft.adapter import Adapter, innermost
 from lit_peft.methods.bottleneck import BottleneckBeside, BottleneckBesideNorm, BottleneckConfig, Bottlenecks
+from lit_peft.methods.parallel_stream import BottleneckOnStream, StreamReader, norms_before
+from lit_peft.placing import join
 from lit_peft.sublayers import beside, is_norm
 
 
@@ -31,10 +33,13 @@ class ParallelConfig(BottleneckConfig):
         leave_out: numbers of the layers without adapters.
         hidden_size: width d of the residual stream; None: the model's.
         peft_type: set by the method: what its folders are called.
+        reads_stream: on models that normalise first, read the residual stream as it is and not what the feed-forward
+            reads, as folders of adapter-hub's library want it.
     """
 
     bottleneck_size: int | None = 512
     scale: float = 4.0
+    reads_stream: bool = False
 
     default_lr: ClassVar[float] = 1e-4
 
@@ -51,6 +56,7 @@ class ParallelAdapter(Bottlenecks):
     """
 
     method = "parallel"
+    bottleneck: ParallelConfig
     peft_type = "LIT_PARALLEL"
 
     def __init__(self, *args: Any, bottleneck: ParallelConfig = ParallelConfig(), **kwargs: Any) -> None:
@@ -62,7 +68,39 @@ class ParallelAdapter(Bottlenecks):
         assert self.model is not None
         return beside(self.model)
 
+    def place_adapters(self) -> None:
+        """Put a bottleneck at every site, and around norms what tells it the stream, where it reads that."""
+        assert self.model is not None
+        self._norms_before()  # refuses before anything is placed
+        super().place_adapters()
+        config = self.bottleneck
+        norms = [norm for path, norm in self._norms_before().items() if self.placing in _sets(self.model, path)]
+        if norms:
+            join(self.model, dict.fromkeys(norms, config), lambda base: StreamReader, self.placing)
+
+    def _norms_before(self) -> dict[str, str]:
+        assert self.model is not None
+        if not self.bottleneck.reads_stream or any(map(_adds, map(self.model.get_submodule, self.sites()))):
+            return {}
+        return norms_before(self.model)
+
     def bottleneck_class(self, module: nn.Module) -> type[Adapter]:
         """Return the adapter around BERT's module that adds and normalises, or around a feed-forward block."""
-        post = any(is_norm(child) for child in module.children())
-        return BottleneckBesideNorm if post else BottleneckBeside
+        if _adds(module):
+            return BottleneckBesideNorm
+        return BottleneckOnStream if self.bottleneck.reads_stream else BottleneckBeside
+
+
+def _adds(module: nn.Module) -> bool:
+    """Whether a module adds what the feed-forward read, and normalises."""
+    return any(is_norm(innermost(child)) for child in innermost(module).children())
+
+
+def _sets(model: nn.Module, path: str) -> set[str]:
+    """Return the names of the sets that parallel adapters at a path hold."""
+    found: set[str] = set()
+    module = model.get_submodule(path)
+    while isinstance(module, Adapter):
+        found |= {*module.configs} if isinstance(module, BottleneckOnStream) else set()
+        module = module.base
+    return found
