@@ -189,9 +189,9 @@ def blocks_of(model: nn.Module) -> tuple[list[Site], list[Site]]:
                 is_attention, is_other = key in known[0], key in known[1]
             else:
                 is_attention = _is_attention(site)
-                # the largest modules that hold linear layers and no attention
+                # the largest modules that hold linear layers, or experts, and no attention
                 mixed = any(_is_attention(below) for below in inside if within(below, site))
-                is_other = not mixed and (is_linear(site.base) or _holds_linears(site))
+                is_other = not mixed and (is_linear(site.base) or _holds_linears(site) or _holds_experts(site))
             if is_attention or is_other:
                 taken.append(site)
                 (attentions if is_attention else others).append(site)
@@ -202,6 +202,14 @@ def _holds_linears(site: Site) -> bool:
     # nn.Linear beside is_linear: an nn.MultiheadAttention holds one, though none that can be adapted
     inside = site.base.modules()
     return not is_linear(site.base) and any(isinstance(module, nn.Linear) or is_linear(module) for module in inside)
+
+
+def _holds_experts(site: Site) -> bool:
+    # transformers stacks the matrices of all experts in one parameter: then there are no linear layers inside
+    found = [
+        module for key, module in site.base.named_modules() if "expert" in f"{key} {type(module).__name__}".lower()
+    ]
+    return any(weight.ndim == 3 for module in found for weight in module.parameters(recurse=False))
 
 
 def _is_attention(site: Site) -> bool:

@@ -5,16 +5,22 @@
 | after F, before the sum | around F | around F's last linear layer |
 | on the sum | around the whole layer | around the LN |
 | beside F | around F | around the module that adds and normalises: x is its second argument |
+
+Where no module holds the whole of F (OPT, BART), F is its linear layers, and what stands beside it is around the last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from inspect import signature
+from itertools import takewhile
 
 from torch import nn
 
-from lit_peft.structure import Site, blocks_of, is_linear, stacks_of, walk, within
+from lit_peft.structure import Site, blocks_of, is_linear, stacks_of, walk, widths, within
+
+# model types that normalise behind the sum in a layer that holds linear layers and norms side by side
+POST_LN = frozenset({"bart", "marian", "blenderbot-small", "plbart", "fsmt", "led", "distilbert"})
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -49,10 +55,18 @@ def on_sum(model: nn.Module) -> dict[str, int]:
     """
     found = {}
     sites = list(walk(model))
+    post = _normalises_behind(model)
     for number, layer, _, forward in _sublayers(model):
-        norms = [site for block in forward[-1:] for site in sites if within(site, block) and is_norm(site.base)]
-        found[norms[-1].path if norms else layer.path] = number
+        blocks = [layer] if post else forward[-1:]
+        last = [site for block in blocks for site in sites if within(site, block) and is_norm(site.base)]
+        found[last[-1].path if last else layer.path] = number
     return found
+
+
+def _normalises_behind(model: nn.Module) -> bool:
+    """Whether layers whose modules do not tell end with a norm: OPT says so, others are known to."""
+    config = getattr(model, "config", None)
+    return getattr(config, "do_layer_norm_before", True) is False or getattr(config, "model_type", "") in POST_LN
 
 
 def beside(model: nn.Module) -> dict[str, int]:
@@ -61,7 +75,79 @@ def beside(model: nn.Module) -> dict[str, int]:
     Raises:
         ValueError: if the model has no such blocks.
     """
+    across(model)  # refuses what has no beginning
     return {forward[-1].path: number for number, _, _, forward in _sublayers(model)}
+
+
+def across(model: nn.Module) -> dict[str, str]:
+    """Return, for feed-forwards that no module holds as a whole, the path of the last linear layer and of the first.
+
+    Raises:
+        ValueError: if what the first one reads is not as wide as what the last one writes.
+    """
+    found = {}
+    for _, layer, _, forward in _sublayers(model):
+        if is_linear(forward[-1].base):
+            first = next(block for block in forward if is_linear(block.base))
+            wide, tall = widths(first.base)[0], widths(forward[-1].base)[1]
+            if wide != tall or first is forward[-1]:
+                raise ValueError(
+                    f"Found no whole feed-forward in {layer.name} of {type(model).__name__}: {first.name} reads {wide} "
+                    f"numbers and {forward[-1].name} writes {tall}. Use houlsby or pfeiffer, which need its end only."
+                )
+            found[forward[-1].path] = first.path
+    return found
+
+
+def norms(model: nn.Module, leave_out: Collection[int] = ()) -> dict[str, int]:
+    """Return the paths of the norms that have weights, with the numbers of their layers.
+
+    One of the embeddings counts to the first layer, another outside of the layers to the last.
+
+    Args:
+        model: the model.
+        leave_out: numbers of layers whose norms are left out.
+    """
+    layers = [(number, layer) for number, layer, _, _ in _sublayers(model)]
+    found = {}
+    for site in walk(model):
+        if not is_norm(site.base) or not list(site.base.parameters(recurse=False)):
+            continue
+        number = next((number for number, layer in layers if within(site, layer)), None)
+        if number is None:
+            near = max(_shared(site.name, layer.name) for _, layer in layers)
+            stack = [number for number, layer in layers if _shared(site.name, layer.name) == near]
+            number = stack[0] if "emb" in site.name.lower() else stack[-1]
+        if number not in leave_out:
+            found[site.path] = number
+    return found
+
+
+def norms_before(model: nn.Module) -> dict[str, str]:
+    """Return the norm in front of each feed-forward block, `{the block's path: the norm's}`.
+
+    Raises:
+        ValueError: if a layer does not have just two norms, of which the second is the feed-forward's.
+    """
+    sites = list(walk(model))
+    names = {site.path: site.name for site in sites}
+    found = {}
+    for path in beside(model):
+        layer = names[path].rpartition(".")[0]
+        norms = [site.path for site in sites if site.name.rpartition(".")[0] == layer and is_norm(site.base)]
+        if len(norms) != 2:
+            raise ValueError(
+                f"bottleneck.reads_stream needs layers with two norms, and {layer} of {type(model).__name__} has "
+                f"{len(norms)}. Set it to false."
+            )
+        found[path] = norms[1]
+    return found
+
+
+def _shared(one: str, other: str) -> int:
+    """Return how many segments two paths begin with in common."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def _sublayers(model: nn.Module) -> Iterator[tuple[int, Site, list[Site], list[Site]]]:

@@ -52,13 +52,23 @@ def last_layer(model: nn.Module) -> int:
     return sum(p.numel() for stack in stacks(model) for p in model.get_submodule(stack[-1]).parameters())
 
 
-def bottlenecks(per_layer: int, m: int) -> Count:
+def nothing(model: nn.Module) -> int:
+    return 0
+
+
+def bottlenecks(per_layer: int, m: int, more: Count = nothing) -> Count:
     def count(model: nn.Module) -> int:
         d = geometry(model).hidden
         blocks = len(feed_forward_outputs(model)) + (len(attention(model)) if per_layer == 2 else 0)
-        return blocks * (2 * d * m + m + d)
+        return blocks * (2 * d * m + m + d) + more(model)
 
     return count
+
+
+def norms(model: nn.Module) -> int:
+    """All weights of what normalises: d for RMSNorm, 2 d for LayerNorm."""
+    found = [module for module in model.modules() if "norm" in type(module).__name__.lower()]
+    return sum(p.numel() for module in found for p in module.parameters(recurse=False))
 
 
 def feed_forward_outputs(model: nn.Module) -> list[str]:
@@ -87,11 +97,11 @@ def p_tuning(p: int, d: int) -> int:
     return p * d + 2 * 2 * 4 * h * (d + h + 2) + 2 * (d * d + d)
 
 
-def compacter(n: int, reduction: int) -> Count:
+def compacter(n: int, reduction: int, more: Count = nothing) -> Count:
     def count(model: nn.Module) -> int:
         d = geometry(model).hidden
         m = d // reduction
-        return (len(attention(model)) + len(layers(model))) * (2 * (d + m) + m + d) + n**3
+        return (len(attention(model)) + len(layers(model))) * (2 * (d + m) + m + d) + n**3 + more(model)
 
     return count
 

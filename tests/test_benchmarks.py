@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import arms, methods
+from benchmarks import adapter_drop, arms, methods
 from benchmarks.bytes_held import Saved, bytes_of, peak_of
 from lit_peft.catalogue import METHODS
 from tests.models import save_tiny
@@ -100,6 +100,24 @@ def test_both_arms_train_and_are_alike(method: str, place: Path) -> None:
         assert moved > 0.4 * len(before)
 
 
+BESIDE_THE_FLOOR = ("houlsby", "pfeiffer", "parallel", "compacter", "mam", "unipelt", "loreft", "direft")
+
+
+@pytest.mark.parametrize("method", BESIDE_THE_FLOOR)
+def test_what_stands_beside_the_floor_trains(method: str, place: Path) -> None:
+    setting = arms.Setting(str(place / "model"), "float32", CPU, total=6)
+    torch.manual_seed(0)
+    mine, (name, other) = arms.ours(method, setting), arms.theirs(method, setting)
+    assert name == arms.FLOOR
+    assert not other.parameters
+    ids = torch.randint(8, 100, (2, 12))
+    before = [parameter.detach().clone() for parameter in mine.parameters]
+    for _ in range(3):
+        mine.step(ids)
+    moved = sum(not torch.equal(a, b) for a, b in zip(before, mine.parameters, strict=True))
+    assert moved == len(before)
+
+
 def test_peak_and_saved_bytes_of_known_steps() -> None:
     def step() -> None:
         first = torch.empty(1000, 1000)
@@ -120,3 +138,27 @@ def test_peak_and_saved_bytes_of_known_steps() -> None:
         linear(x).relu().sum()
     assert saved.bytes == 64 * (256 + 512) * 4  # the input, and what relu returned
     assert bytes_of([x, x[:3], x.t()]) == 64 * 256 * 4
+
+
+def test_what_adapter_drop_saves(place: Path) -> None:
+    shape = ["--rows", "2", "--tokens", "16", "--steps", "2", "--drop", "1,random"]
+    where = ["--backbone", str(place / "model"), "--data", str(place / "rows.jsonl"), "--out", str(place)]
+    report = adapter_drop.main([*shape, *where])
+    assert json.loads((place / "adapter_drop.json").read_text()) == json.loads(json.dumps(report))
+    rows = report["rows_of_table"]
+    assert [(row["checkpointing"], row["left_out"]) for row in rows] == [
+        (checkpointing, drop) for checkpointing in (False, True) for drop in ("1", "random")
+    ]
+    for one, mean in (rows[:2], rows[2:]):
+        work = one["operations"]
+        assert work["dropped"] < 0.8 * work["all"]
+        assert mean["operations"]["dropped"] == round((work["all"] + work["dropped"]) / 2)  # of 0 and 1 layer
+        assert one["peak"]["dropped"] < one["peak"]["all"]
+        assert set(one["ratio"]) == {"forward", "backward", "inference"}
+    assert rows[2]["operations"]["all"] > 1.3 * rows[0]["operations"]["all"]  # layers are computed again
+    page = (place / "adapter_drop.md").read_text()
+    assert "`houlsby` on" in page
+    assert page.count("| yes | ") == page.count("| no | ") == 2
+    for wrong, message in (("2", "leaves no adapter"), ("many", "give numbers")):
+        with pytest.raises(SystemExit, match=message):
+            adapter_drop.main([*shape, "--drop", wrong, *where])

@@ -31,6 +31,7 @@ from tests.counts import (
     last_layer,
     lora_count,
     mora_count,
+    norms,
     p_tuning,
     prefixes,
     ranks_by_layer,
@@ -59,9 +60,11 @@ class Case:
 
 SHORT = {"num_virtual_tokens": 3, "encoder_hidden_size": 8}
 NARROW = {"bottleneck_size": 4}
+PHM, NORMS = {"phm_dim": 2, "reduction_factor": 8}, {"train_norms": True}
 
 CASES = [
     Case("houlsby", bottlenecks(2, 3), {"bottleneck": {"bottleneck_size": 3}}, merges=False, identity=False),
+    Case("houlsby", bottlenecks(2, 4, norms), {"bottleneck": {**NARROW, **NORMS}}, merges=False, identity=False),
     Case("pfeiffer", bottlenecks(1, 4), {"bottleneck": NARROW}, merges=False),
     Case("parallel", bottlenecks(1, 4), {"bottleneck": NARROW}, merges=False),
     Case("prefix", prefixes(3, 8), {"prefix": SHORT}, merges=False, identity=False),
@@ -76,16 +79,9 @@ CASES = [
         merges=False,
         identity=False,
     ),
-    Case(
-        "compacter", compacter(2, 8), {"compacter": {"phm_dim": 2, "reduction_factor": 8}}, merges=False, identity=False
-    ),
-    Case(
-        "mam",
-        lambda m: prefixes(3, 8)(m) + bottlenecks(1, 4)(m),
-        {"prefix": SHORT, "bottleneck": NARROW},
-        merges=False,
-        identity=False,
-    ),
+    Case("compacter", compacter(2, 8), {"compacter": PHM}, merges=False, identity=False),
+    Case("compacter", compacter(2, 8, norms), {"compacter": {**PHM, **NORMS}}, merges=False, identity=False),
+    Case("mam", bottlenecks(1, 4, prefixes(3, 8)), {"prefix": SHORT, "bottleneck": NARROW}, False, identity=False),
     Case("unipelt", unipelt, {"lora": {"r": 2}, "prefix": SHORT, "bottleneck": NARROW}, merges=False, identity=False),
     Case("loreft", edits(2), {"reft": {"r": 2, "first": 1, "last": 2}}, merges=False),
     Case("direft", edits(2), {"reft": {"r": 2, "first": 1, "last": 2}}, merges=False),

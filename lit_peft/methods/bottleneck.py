@@ -12,26 +12,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 from transformers.activations import ACT2FN
 
 from lit_peft.adapter import Adapter, innermost
 from lit_peft.gates import Gates
+from lit_peft.methods.adapter_drop import dropped, dropped_in_step, is_dropped, left_out, must_reach, reaching
+from lit_peft.methods.norms import NormConfig, norm_class
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
-from lit_peft.selection import telling, told
 from lit_peft.sites import geometry
-from lit_peft.sublayers import is_causal
+from lit_peft.sublayers import is_causal, norms
+
+__all__ = ["Bottleneck", "BottleneckConfig", "Bottlenecks", "dropped"]
 
 HOULSBY_STD = 1e-3
-DROP = "adapter_drop"
+_READ: ContextVar[Tensor | None] = ContextVar("lit_peft_feed_forward_input", default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,7 @@ class BottleneckConfig:
             first ones.
         random_drop: in training leave out the first n layers' adapters, with another n for every batch, so that the
             trained adapters do without any number of them (AdapterDrop).
+        train_norms: train the model's LayerNorms (RMSNorms) too, as Houlsby et al. do; not those of layers left out.
         layer: set by the method: number of the layer that it sits in.
         gate: multiply by a learned gate (UniPELT), or by a fixed number.
         causal: set by the method: whether a token may not see those behind it.
@@ -68,6 +72,7 @@ class BottleneckConfig:
     init: Literal["zero", "houlsby"] = "zero"
     leave_out: list[int] | None = None
     random_drop: bool = False
+    train_norms: bool = False
     layer: int = 0
     gate: bool | float = False
     causal: bool = True
@@ -103,9 +108,11 @@ class BottleneckConfig:
             return self.bottleneck_size
         m = hidden / self.reduction_factor
         if m < 1 or m != int(m):
+            fitting = [factor for factor in range(1, hidden + 1) if hidden % factor == 0]
+            nearest = min(fitting, key=lambda factor: abs(math.log(factor / self.reduction_factor)))
             raise ValueError(
                 f"bottleneck.reduction_factor {self.reduction_factor:g} does not divide the hidden size {hidden}. "
-                "Choose another, or set bottleneck_size."
+                f"Take {nearest}, or set bottleneck_size."
             )
         return int(m)
 
@@ -170,10 +177,10 @@ class Bottleneck(Adapter):
     def plus(self, y: Tensor, h: Tensor) -> Tensor:
         """Return y plus f(h) of every set that acts, each on its rows."""
         for name, rows in self.shares(h):
-            if self.configs[name].layer < (told(DROP) or 0):
-                if not (dist.is_available() and dist.is_initialized() and self.training):
+            if is_dropped(self.configs[name]):
+                if not must_reach(self):
                     continue
-                rows = torch.empty(0, dtype=torch.long, device=h.device)  # DDP waits for a gradient from everything
+                rows = torch.empty(0, dtype=torch.long, device=h.device)
             if rows is None:
                 y = y + self.branch(name, h)
             else:
@@ -215,15 +222,30 @@ class BottleneckBesideNorm(Bottleneck):
         return self.base(hidden_states, self.plus(input_tensor, input_tensor))
 
 
-def dropped(layers: int) -> AbstractContextManager[None]:
-    """Leave out the bottleneck adapters of the first layers, in the calls made inside the `with` block (AdapterDrop).
+class FeedForwardInput(Adapter):
+    """Notes what the first linear layer of a feed-forward reads, for the adapter around the last one; no weights."""
 
-    Example:
-        >>> from lit_peft.methods.bottleneck import dropped
-        >>> # with dropped(5):
-        >>> #     faster = model(**batch).logits
-    """
-    return telling(**{DROP: layers})
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call the base."""
+        if self.chosen():
+            # For the call that comes next in the same layer, which takes it away: in a replay both run again.
+            _READ.set(x)
+        return self.base(x, *args, **kwargs)
+
+
+class BottleneckAcross(Bottleneck):
+    """A bottleneck beside two linear layers that no module holds together (OPT): y -> y + f(x), around the last one."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base and add f of what the first linear layer has read to its output."""
+        out = self.base(*args, **kwargs)
+        x = _READ.get()
+        if not self.chosen():
+            return out
+        if x is None:
+            raise TypeError("A parallel adapter was called outside of its layer, whose first linear layer it reads.")
+        _READ.set(None)
+        return self.plus(out, x)
 
 
 def first(out: Any) -> Tensor:
@@ -253,32 +275,64 @@ class Bottlenecks(PEFT):
         """Return the adapter's class for one module."""
         return Bottleneck
 
+    def readers(self) -> dict[str, str]:
+        """Return, for the sites whose adapter reads what another module does, that module's path."""
+        return {}
+
     def place_adapters(self) -> None:
         """Put a bottleneck at every site."""
         super().place_adapters()
         assert self.model is not None
-        config = replace(self.bottleneck.sized(geometry(self.model).hidden), peft_type=self.peft_type)
-        left_out = set(config.leave_out or ())
+        model, config = self.model, self.bottleneck
+        config = replace(config.sized(geometry(model).hidden), peft_type=self.peft_type)
+        out = set(config.leave_out or ())
         sites = self.sites()
-        unknown = sorted(left_out - set(sites.values()))
+        unknown = sorted(out - set(sites.values()))
         if unknown:
             raise ValueError(f"bottleneck.leave_out names layer {unknown[0]}; layers are 0 to {max(sites.values())}.")
-        paths = [path for path, number in sites.items() if number not in left_out]
+        paths = [path for path, number in sites.items() if number not in out]
         if not paths:
             raise ValueError("bottleneck.leave_out leaves no layer to adapt.")
-        model = self.model
+        if config.random_drop and self.beside is not None and not getattr(self.beside, "drops_at_random", False):
+            raise TypeError("bottleneck.random_drop of a further adapter needs the first one's too. Set both or none.")
         where = {path: replace(config, causal=is_causal(model, path), layer=sites[path]) for path in paths}
+        readers = self.readers()
+        if config.train_norms:  # before the bottlenecks, around which the paths inside would be longer
+            rate = type(config).default_lr
+            changes = {p: NormConfig(layer=number, default_lr=rate) for p, number in norms(model, out).items()}
+            join(model, changes, lambda base: norm_class(self.peft_type), self.placing)
         join(model, where, self.bottleneck_class, self.placing)
+        if heard := {readers[path]: where[path] for path in paths if path in readers}:
+            join(model, heard, lambda base: FeedForwardInput, self.placing)
         self.depth = max(sites.values()) + 1
+
+    @property
+    def drops_at_random(self) -> bool:
+        """Whether training leaves out adapters at random."""
+        return self.bottleneck.random_drop
+
+    def drawn(self) -> int:
+        """Return how many layers this training step leaves out: the same on every process, and after a resume."""
+        generator = torch.Generator().manual_seed(self.global_step if self._trainer is not None else 0)
+        return int(torch.randint(0, self.depth, (1,), generator=generator))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the task's step, with a random number of the first layers' adapters left out where that is asked."""
-        if not self.bottleneck.random_drop:
+        if not self.drops_at_random:
             return super().training_step(*args, **kwargs)
-        # the same on every process, and after a resume
-        generator = torch.Generator().manual_seed(self.global_step if self._trainer is not None else 0)
-        with dropped(int(torch.randint(0, self.depth, (1,), generator=generator))):
-            return super().training_step(*args, **kwargs)
+        layers = self.drawn()
+        with dropped_in_step(layers):
+            out = super().training_step(*args, **kwargs)
+        assert self.model is not None
+        return reaching(out, self.model, layers)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Leave what was left out of the step as it is: with one process it has no gradient, under DDP one of zeros."""
+        super().on_before_optimizer_step(optimizer)
+        if self.drops_at_random:
+            assert self.model is not None
+            for parameter in left_out(self.model, self.drawn()):
+                parameter.grad = None
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take the settings from an adapter folder."""

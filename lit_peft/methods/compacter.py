@@ -10,22 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from math import log
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from lit_peft.adapter import Adapter, innermost
 from lit_peft.methods.bottleneck import first, with_first
+from lit_peft.methods.norms import NormConfig, norm_class
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
 from lit_peft.selection import telling, told
 from lit_peft.sites import geometry
-from lit_peft.sublayers import after, hosts
+from lit_peft.sublayers import after, hosts, norms
 
 RULE = "compacter_rule"
+REDUCTION = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +38,12 @@ class CompacterConfig:
 
     Args:
         phm_dim: n, how many Kronecker products a weight is the sum of.
-        reduction_factor: hidden size / width of the bottleneck.
+        reduction_factor: hidden size / width of the bottleneck; None: 32, or the nearest that fits the hidden size.
         activation: the non-linearity, by its name in transformers.
         only_feed_forward: adapters behind feed-forward only (Compacter++).
         dropout: dropout on the adapter's input.
         rule_std: width of the normal distribution that the shared rule A starts from.
+        train_norms: train the model's LayerNorms (RMSNorms) too, as the paper does.
         hidden_size: width d of the residual stream; None: the model's.
 
     Raises:
@@ -46,11 +51,12 @@ class CompacterConfig:
     """
 
     phm_dim: int = 4
-    reduction_factor: int = 32
+    reduction_factor: int | None = None
     activation: str = "gelu"
     only_feed_forward: bool = False
     dropout: float = 0.0
     rule_std: float = 0.01
+    train_norms: bool = False
     hidden_size: int | None = None
 
     default_lr: ClassVar[float] = 3e-3
@@ -58,7 +64,7 @@ class CompacterConfig:
     def __post_init__(self) -> None:
         if self.phm_dim < 1:
             raise ValueError(f"compacter.phm_dim is {self.phm_dim}; it must be 1 or more.")
-        if self.reduction_factor < 1:
+        if self.reduction_factor is not None and self.reduction_factor < 1:
             raise ValueError(f"compacter.reduction_factor is {self.reduction_factor}; it must be 1 or more.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"compacter.dropout is {self.dropout}; it must be at least 0 and below 1.")
@@ -66,18 +72,23 @@ class CompacterConfig:
             raise ValueError(f"compacter.activation {self.activation!r} is unknown. Use relu, gelu, silu, tanh, ...")
 
     def sized(self, hidden: int) -> CompacterConfig:
-        """Return the settings with the model's width filled in.
+        """Return the settings with the model's width, and a reduction_factor that fits it, filled in.
 
         Raises:
             ValueError: if the widths do not divide by n.
         """
         d, n = self.hidden_size or hidden, self.phm_dim
-        if d % self.reduction_factor or (d // self.reduction_factor) % n or d % n:
+        fitting = [d // m for m in range(n, d + 1, n) if d % m == 0]
+        if not fitting:
+            raise ValueError(f"compacter.phm_dim {n} does not divide the hidden size {d}. Choose one that does.")
+        wanted = self.reduction_factor or REDUCTION
+        nearest = min(fitting, key=lambda factor: abs(log(factor / wanted)))
+        if self.reduction_factor not in (None, nearest):
             raise ValueError(
-                f"compacter: the hidden size {d} over reduction_factor {self.reduction_factor} must be a multiple of "
-                f"phm_dim {n}. Choose a smaller reduction_factor or phm_dim."
+                f"compacter: the hidden size {d} over reduction_factor {wanted} must be a multiple of phm_dim {n}. "
+                f"The nearest reduction_factor that fits is {nearest}."
             )
-        return replace(self, hidden_size=d)
+        return replace(self, hidden_size=d, reduction_factor=nearest)
 
 
 class CompacterRule(Adapter):
@@ -102,6 +113,22 @@ class CompacterRule(Adapter):
             return self.base(*args, **kwargs)
 
 
+class BorrowedRule(Adapter):
+    """Tells the adapters inside the rule that another part of the model holds: a decoder has its encoder's.
+
+    Attributes:
+        lender: what holds it.
+    """
+
+    lender: CompacterRule | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base; the adapters inside find the rules of all sets."""
+        assert self.lender is not None
+        with telling(**{RULE: {**(told(RULE) or {}), **dict(self.lender.compacter_rule.items())}}):
+            return self.base(*args, **kwargs)
+
+
 class CompacterAdapter(Adapter):
     """A bottleneck y -> y + U act(D y) whose D and U are sums of Kronecker products."""
 
@@ -114,7 +141,8 @@ class CompacterAdapter(Adapter):
         if "compacter_down_s" not in self._modules:
             for part in ("down_s", "down_t", "down_bias", "up_s", "up_t", "up_bias"):
                 setattr(self, f"compacter_{part}", nn.ParameterDict())
-        assert config.hidden_size is not None, "fill in the model's hidden size first"
+        assert config.hidden_size is not None, "resolve the configuration with `sized` first"
+        assert config.reduction_factor is not None, "resolve the configuration with `sized` first"
         d, n = config.hidden_size, config.phm_dim
         m = d // config.reduction_factor
         device = next(innermost(self.base).parameters()).device
@@ -201,15 +229,26 @@ class Compacter(PEFT):
         super().place_adapters()
         assert self.model is not None
         config = self.compacter.sized(geometry(self.model).hidden)
+        if self.compacter.reduction_factor is None and config.reduction_factor != REDUCTION:
+            size = f"the hidden size {config.hidden_size} and phm_dim {config.phm_dim}"
+            rank_zero_info(f"Compacter: reduction_factor {config.reduction_factor}, nearest to {REDUCTION} for {size}.")
+        self.compacter = replace(self.compacter, reduction_factor=config.reduction_factor)
         attentions, forwards = after(self.model)
         sites = forwards if config.only_feed_forward else {**attentions, **forwards}
-        join(self.model, dict.fromkeys(sites, config), lambda base: CompacterAdapter, self.placing)
         paths = hosts(self.model)
-        join(self.model, dict.fromkeys(paths, config), lambda base: CompacterRule, self.placing)
-        # encoder and decoder are called one after the other, yet there is one rule: the same tensors in both
-        found = [self.model.get_submodule(path) for path in paths]
-        for other in found[1:]:
-            other.compacter_rule = found[0].compacter_rule
+        if config.train_norms:  # before the adapters, around which the paths inside would be longer
+            rate = config.default_lr
+            changes = {path: NormConfig(layer=layer, default_lr=rate) for path, layer in norms(self.model).items()}
+            join(self.model, changes, lambda base: norm_class(CompacterRule.peft_type), self.placing)
+        join(self.model, dict.fromkeys(sites, config), lambda base: CompacterAdapter, self.placing)
+        join(self.model, {paths[0]: config}, lambda base: CompacterRule, self.placing)
+        # encoder and decoder are called one after the other, yet there is one rule: one weight, in one place
+        if paths[1:]:
+            join(self.model, dict.fromkeys(paths[1:], config), lambda base: BorrowedRule, self.placing)
+        lender = next(adapter for adapter in self.model.modules() if isinstance(adapter, CompacterRule))
+        for adapter in self.model.modules():
+            if isinstance(adapter, BorrowedRule):
+                adapter.__dict__["lender"] = lender  # not by setattr: it is no submodule
 
     def adopt(self, config: Mapping[str, Any]) -> None:
         """Take the settings from an adapter folder."""

@@ -13,10 +13,15 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lit_peft.adapter import Adapter, innermost
-from lit_peft.methods.bottleneck import BottleneckBeside, BottleneckBesideNorm, BottleneckConfig, Bottlenecks
-from lit_peft.methods.parallel_stream import BottleneckOnStream, StreamReader, norms_before
-from lit_peft.placing import join
-from lit_peft.sublayers import beside, is_norm
+from lit_peft.methods.bottleneck import (
+    BottleneckAcross,
+    BottleneckBeside,
+    BottleneckBesideNorm,
+    BottleneckConfig,
+    Bottlenecks,
+)
+from lit_peft.structure import is_linear
+from lit_peft.sublayers import across, beside, is_norm, norms_before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +35,9 @@ class ParallelConfig(BottleneckConfig):
         scale: factor s in front of the adapter's output.
         dropout: dropout on the adapter's input.
         init: `zero` starts as the base exactly; `houlsby` near it.
-        leave_out: numbers of the layers without adapters.
+        leave_out: numbers of the layers without adapters (AdapterDrop).
+        random_drop: in training leave out the first n layers' adapters, n drawn anew in each step (AdapterDrop).
+        train_norms: train the model's LayerNorms (RMSNorms) too; not those of layers left out.
         hidden_size: width d of the residual stream; None: the model's.
         peft_type: set by the method: what its folders are called.
         reads_stream: on models that normalise first, read the residual stream as it is and not what the feed-forward
@@ -68,39 +75,23 @@ class ParallelAdapter(Bottlenecks):
         assert self.model is not None
         return beside(self.model)
 
-    def place_adapters(self) -> None:
-        """Put a bottleneck at every site, and around norms what tells it the stream, where it reads that."""
-        assert self.model is not None
-        self._norms_before()  # refuses before anything is placed
-        super().place_adapters()
-        config = self.bottleneck
-        norms = [norm for path, norm in self._norms_before().items() if self.placing in _sets(self.model, path)]
-        if norms:
-            join(self.model, dict.fromkeys(norms, config), lambda base: StreamReader, self.placing)
+    def readers(self) -> dict[str, str]:
+        """Return what notes the input of an adapter that does not stand around all of the feed-forward it is beside.
 
-    def _norms_before(self) -> dict[str, str]:
+        That is the first linear layer where no module holds the whole, and the norm where the stream is read.
+        """
         assert self.model is not None
-        if not self.bottleneck.reads_stream or any(map(_adds, map(self.model.get_submodule, self.sites()))):
-            return {}
-        return norms_before(self.model)
+        if self.bottleneck.reads_stream and not any(map(_adds, map(self.model.get_submodule, self.sites()))):
+            return norms_before(self.model)
+        return across(self.model)
 
     def bottleneck_class(self, module: nn.Module) -> type[Adapter]:
-        """Return the adapter around BERT's module that adds and normalises, or around a feed-forward block."""
+        """Return the adapter around BERT's module that adds and normalises, a last linear layer, or a feed-forward."""
         if _adds(module):
             return BottleneckBesideNorm
-        return BottleneckOnStream if self.bottleneck.reads_stream else BottleneckBeside
+        return BottleneckAcross if is_linear(module) or self.bottleneck.reads_stream else BottleneckBeside
 
 
 def _adds(module: nn.Module) -> bool:
     """Whether a module adds what the feed-forward read, and normalises."""
     return any(is_norm(innermost(child)) for child in innermost(module).children())
-
-
-def _sets(model: nn.Module, path: str) -> set[str]:
-    """Return the names of the sets that parallel adapters at a path hold."""
-    found: set[str] = set()
-    module = model.get_submodule(path)
-    while isinstance(module, Adapter):
-        found |= {*module.configs} if isinstance(module, BottleneckOnStream) else set()
-        module = module.base
-    return found

@@ -23,7 +23,9 @@ class PfeifferConfig(BottleneckConfig):
         scale: factor s in front of the adapter's output.
         dropout: dropout on the adapter's input.
         init: `zero` starts as the base exactly; `houlsby` near it.
-        leave_out: numbers of the layers without adapters.
+        leave_out: numbers of the layers without adapters (AdapterDrop).
+        random_drop: in training leave out the first n layers' adapters, n drawn anew in each step (AdapterDrop).
+        train_norms: train the model's LayerNorms (RMSNorms) too; not those of layers left out.
         hidden_size: width d of the residual stream; None: the model's.
         peft_type: set by the method: what its folders are called.
     """

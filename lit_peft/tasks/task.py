@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from inspect import signature
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,6 +18,18 @@ from lit_peft.module import AdaptableModule
 
 class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite; raised before the optimizer could spoil the weights."""
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Recompute the activations of a transformers model's layers in the backward pass, which goes no deeper for it.
+
+    transformers makes the embeddings' output require gradients, as only PyTorch's older, reentrant kind needs it. With
+    it the backward pass would go, and recompute, down to the embeddings even where the first layers have no adapters.
+    """
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    # models from the hub with a format of their own take no such argument, and are left as transformers has them
+    if "value" not in signature(model._set_gradient_checkpointing).parameters:
+        model.disable_input_require_grads()
 
 
 class Task(AdaptableModule):
@@ -164,7 +177,7 @@ class Task(AdaptableModule):
         self.backbone_identity = backbones.identity(self.backbone, self.revision)
         self.model.train()
         if self.gradient_checkpointing:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            checkpoint_layers(self.model)
 
     # The optimizer ---------------------------------------------------------------------------------------------------
 
