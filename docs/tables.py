@@ -34,6 +34,11 @@ def merging(facts: Facts) -> str:
     return ("yes" if facts.merges else "no") if facts.adapter else "in place"
 
 
+def others(facts: Facts) -> str:
+    """Say whose folders a method reads beside its own."""
+    return ", ".join(facts.reads) or "-"
+
+
 def table(heads: list[str], rows: list[list[str]]) -> str:
     """Return a Markdown table."""
     lines = [heads, ["---"] * len(heads), *rows]
@@ -64,13 +69,24 @@ def short() -> str:
 
 def details() -> str:
     """Return the table of what each method is: paper, place, count, settings, learning rate, file."""
-    heads = ["`--method`", "paper", "around", "trained weights of a layer", "settings", "learning rate", "file type"]
+    heads = [
+        "`--method`",
+        "paper",
+        "around",
+        "trained weights of a layer",
+        "settings",
+        "learning rate",
+        "writes",
+        "reads, too",
+    ]
     rows = []
     for name, facts in FACTS.items():
         paper = f"[{facts.paper.rpartition('/')[2]}]({facts.paper})" if facts.paper else "-"
         settings = f"`{facts.keyword}`: `{facts.config.rpartition('.')[2]}`" if facts.keyword else "-"
         rate = f"{learning_rate(name):g}"
-        rows.append([f"`{name}`", paper, facts.place, facts.trained, settings, rate, f"`{facts.peft_type}`"])
+        rows.append(
+            [f"`{name}`", paper, facts.place, facts.trained, settings, rate, f"`{facts.peft_type}`", others(facts)]
+        )
     return table(heads, rows)
 
 

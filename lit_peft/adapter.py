@@ -48,6 +48,7 @@ class Adapter(Choosing):
     peft_type: ClassVar[Any] = ""  # the kind of folder that holds its weights; empty: it has none
     frozen: ClassVar[tuple[str, ...]] = ()
     packs: ClassVar[bool] = True  # whether rows of several texts give the same as the texts alone
+    site: ClassVar[tuple[str, ...]] = ()  # settings that its place in the model fills in, not the user
     restarts: int = 0
 
     def __init__(self, base: nn.Module, config: Any, name: str = "default") -> None:

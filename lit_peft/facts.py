@@ -22,6 +22,7 @@ class Facts(NamedTuple):
         rows: whether the rows of one batch can be routed to different named sets.
         sets: whether one base can hold several named sets of it.
         needs: a setting that must be given, where a method builds on what others have trained.
+        others: whose folders it reads beside its own and HF PEFT's.
     """
 
     title: str
@@ -39,11 +40,17 @@ class Facts(NamedTuple):
     rows: bool = True
     sets: bool = True
     needs: str = ""
+    others: tuple[str, ...] = ()
 
     @property
     def peft(self) -> bool:
         """Whether HF PEFT has the method and reads its folders."""
         return "LIT_" not in self.peft_type
+
+    @property
+    def reads(self) -> list[str]:
+        """Whose folders it reads beside its own."""
+        return [*(["HF PEFT"] if self.peft else []), *self.others]
 
 
 FACTS: dict[str, Facts] = {
@@ -168,6 +175,7 @@ FACTS: dict[str, Facts] = {
         merges=True,
         peft_type="LIT_MORA",
         paper="https://arxiv.org/abs/2405.12130",
+        others=("MoRA's fork of PEFT",),
     ),
     "remora": Facts(
         title="MoRA, folded in and started anew with other types",
@@ -213,6 +221,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_HOULSBY",
         paper="https://arxiv.org/abs/1902.00751",
+        others=("adapters",),
     ),
     "pfeiffer": Facts(
         title="a bottleneck behind each layer",
@@ -224,6 +233,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_PFEIFFER",
         paper="https://arxiv.org/abs/2005.00247",
+        others=("adapters",),
     ),
     "parallel": Facts(
         title="a bottleneck beside feed-forward",
@@ -235,6 +245,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_PARALLEL",
         paper="https://arxiv.org/abs/2110.04366",
+        others=("adapters",),
     ),
     "compacter": Facts(
         title="bottlenecks of Kronecker products with one shared rule",
@@ -246,6 +257,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_COMPACTER",
         paper="https://arxiv.org/abs/2106.04647",
+        others=("adapters",),
     ),
     "prefix": Facts(
         title="trained keys and values in every attention",
@@ -257,6 +269,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="PREFIX_TUNING",
         paper="https://arxiv.org/abs/2101.00190",
+        others=("adapters",),
     ),
     "p_tuning_v2": Facts(
         title="prefix tuning without its network",
@@ -301,6 +314,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_LOREFT",
         paper="https://arxiv.org/abs/2404.03592",
+        others=("adapters", "pyreft"),
     ),
     "direft": Facts(
         title="LoReFT without orthogonality",
@@ -312,6 +326,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_DIREFT",
         paper="https://arxiv.org/abs/2404.03592",
+        others=("adapters", "pyreft"),
     ),
     "mam": Facts(
         title="a prefix and a parallel adapter",
@@ -323,6 +338,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="PREFIX_TUNING + LIT_PARALLEL",
         paper="https://arxiv.org/abs/2110.04366",
+        others=("adapters",),
     ),
     "unipelt": Facts(
         title="LoRA, prefix and adapter, each behind a gate",
@@ -334,6 +350,7 @@ FACTS: dict[str, Facts] = {
         merges=False,
         peft_type="LIT_GATED_LORA + LIT_GATED_PREFIX + LIT_PFEIFFER",
         paper="https://arxiv.org/abs/2110.07577",
+        others=("adapters",),
     ),
     "fusion": Facts(
         title="attention over trained adapters",

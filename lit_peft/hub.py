@@ -20,15 +20,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_peft import __version__
 from lit_peft.adapter import Adapter, innermost, named_adapters
+from lit_peft.foreign.folders import foreign
+from lit_peft.foreign.told import placed
 from lit_peft.forks import kind_of, renamed
 from lit_peft.targets import KEYS, OWN, bare, file_key, layer_settings, shortest_targets
 from lit_peft.tensor_files import check_same, load_json, load_tensors, repeats, shapes
+from lit_peft.tensor_files import compare_bases as compare_bases
 from lit_peft.virtual_tokens import ENCODER, encoder_keys, inward, lengthened, outward
 
 CONFIG = "adapter_config.json"
@@ -222,6 +226,8 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
         FileNotFoundError: if it is no adapter folder, or lacks its weights.
         ValueError: if a file cannot be read.
     """
+    if (reader := foreign(folder)) is not None:
+        return [{**part.config, KEYS: list(part.tensors), OWN: None} for part in reader().parts]
     configs = []
     own = read_meta(folder).get("settings", {})
     for part in part_folders(folder):
@@ -239,9 +245,30 @@ def read_configs(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:
-    """Return the contents of `lit_peft.json`, empty where another library wrote the folder."""
+    """Return the contents of `lit_peft.json`, or what another library notes of the same."""
     path = Path(folder) / META
-    return load_json(path) if path.is_file() else {}
+    if path.is_file():
+        return load_json(path)
+    reader = foreign(folder)
+    return {} if reader is None else reader().notes
+
+
+def contents(folder: str | Path, model: nn.Module | None = None) -> list[tuple[Path, dict[str, Tensor]]]:
+    """Return each part's file and tensors, by the names that they have in it, or in the model that they are for.
+
+    Raises:
+        FileNotFoundError: if it is no adapter folder, or lacks its weights.
+        ValueError: if a file cannot be read, or does not go with the model.
+    """
+    if (reader := foreign(folder)) is not None:
+        told = reader()
+        return [(told.file, part.tensors if model is None else placed(told, part, model)) for part in told.parts]
+    files = [part / WEIGHTS for part in part_folders(folder)]
+    found = zip(files, read_configs(folder), strict=True)
+    return [
+        (file, {_plain(lengthened(config, key), file.parent): t for key, t in load_tensors(file).items()})
+        for file, config in found
+    ]
 
 
 def part_folders(folder: str | Path) -> list[Path]:
@@ -302,11 +329,11 @@ def read(
     unfilled = dict(declared)
     fitting: list[tuple[Adapter, dict[str, Tensor]]] = []
     in_place: list[tuple[Tensor, Tensor]] = []
-    for part, config in zip(part_folders(folder), configs, strict=True):
-        file = part / WEIGHTS
-        stored = {_plain(lengthened(config, key), part): tensor for key, tensor in load_tensors(file).items()}
+    for (file, tensors), config in zip(contents(folder, model), configs, strict=True):
         holders = owned(model, kind_of(config), name)
-        left = inward(part, config, renamed(config, stored), {bare(p): a.tensors(name).keys() for p, a in holders})
+        left = inward(
+            file.parent, config, renamed(config, tensors), {bare(p): a.tensors(name).keys() for p, a in holders}
+        )
         left = {key: tensor for key, tensor in left.items() if not repeats(key, left)}
         wrapped = {bare(path) for path, _ in holders}
         for path, adapter in holders:
@@ -337,7 +364,9 @@ def read(
                 f"{file} holds {len(left)} tensors with no place in this model, such as {sorted(left)[0]!r}. "
                 "Is it an adapter of another base model, or with other targets?"
             )
-    if unfilled and copy:
+    if unfilled and copy and foreign(folder) is not None:  # other libraries keep heads elsewhere, or have none
+        rank_zero_warn(f"{folder} holds no {sorted(unfilled)[0]!r}: what the task itself trains starts anew. Train it.")
+    elif unfilled and copy:
         raise ValueError(f"{folder} lacks the weight {sorted(unfilled)[0]!r}, which is trained on this model.")
     with torch.no_grad():
         for adapter, mine in fitting:
@@ -359,25 +388,6 @@ def check_base(folder: str | Path, base: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if they differ.
     """
-    config = load_json(part_folders(folder)[0] / CONFIG)
+    config = read_configs(folder)[0]
     noted = read_meta(folder).get("base", {})
     compare_bases({"name": config.get("base_model_name_or_path"), **{k: v for k, v in noted.items() if v}}, base)
-
-
-def compare_bases(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    """Compare two base models: by hash where both have one, else by the last piece of their names.
-
-    Raises:
-        ValueError: if they differ.
-    """
-    their_name, our_name = theirs.get("name"), ours.get("name")
-    if theirs.get("sha") and ours.get("sha"):
-        same = theirs["sha"] == ours["sha"]
-    else:
-        same = not their_name or not our_name or Path(their_name).name.lower() == Path(our_name).name.lower()
-    if not same:
-        version = " (another version of it)" if their_name == our_name else ""
-        raise ValueError(
-            f"This adapter was made on {their_name!r}, and the model here is {our_name!r}{version}. Load that base, or "
-            "set check_base=false."
-        )

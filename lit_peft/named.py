@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ def add_adapter(model: nn.Module, name: str, config: Any = None) -> None:
         raise ValueError(f"No adapter of this model takes a {type(config).__name__}. Place one first.")
     _check_free(model, name)
     for adapter in found:
-        adapter.add(name, config if config is not None else next(iter(adapter.configs.values())))
+        first = next(iter(adapter.configs.values()))
+        sited = {key: getattr(first, key) for key in adapter.site}
+        adapter.add(name, first if config is None else replace(config, **sited) if sited else config)
     if any(scope.trained is not None for scope in scopes_of(model)):
         _freeze(model)
 

@@ -20,7 +20,6 @@ from lit_peft.catalogue import TASKS
 from lit_peft.forks import kind_of
 from lit_peft.module import AdaptableModule
 from lit_peft.saved import locate, methods_of, read_checkpoint
-from lit_peft.tensor_files import shapes
 from lit_peft.zoo import check, compose, task_class
 
 # PEFT's name of a task, or the ending of a model class -> ours
@@ -171,11 +170,7 @@ def _task(task: str | None, kind: str, folder: Path) -> str:
 
 def _labels(configs: list[dict[str, Any]], folder: Path, backbone: str, revision: str | None) -> list[str]:
     """Return the names of the classes: the base's own where it has as many as the saved head."""
-    stored = {
-        key.removeprefix(hub.PREFIX).removeprefix("base_model."): shape
-        for part in hub.part_folders(folder)
-        for key, shape in shapes(part / hub.WEIGHTS).items()
-    }
+    stored = {key: tensor.shape for _, tensors in hub.contents(folder) for key, tensor in tensors.items()}
     config = backbones.load_config(backbone, revision=revision)
     names = [str(config.id2label[i]) for i in sorted(config.id2label)]
     number = next((stored[f"{head}.weight"][0] for head in HEADS if f"{head}.weight" in stored), len(names))

@@ -11,6 +11,7 @@ import torch
 
 from lit_peft import hub
 from lit_peft.catalogue import FACTS
+from lit_peft.foreign.folders import foreign
 
 
 def locate(path: str | Path) -> tuple[str, Path]:
@@ -24,7 +25,7 @@ def locate(path: str | Path) -> tuple[str, Path]:
         return "checkpoint", path
     if not path.is_dir():
         raise FileNotFoundError(f"There is nothing at {path}. Name a checkpoint, a run folder or an adapter folder.")
-    if (path / hub.CONFIG).is_file() or (path / hub.META).is_file():
+    if (path / hub.CONFIG).is_file() or (path / hub.META).is_file() or foreign(path) is not None:
         return "adapter", path
     if (path / "config.json").is_file():
         return "model", path

@@ -123,6 +123,27 @@ def norms(model: nn.Module, leave_out: Collection[int] = ()) -> dict[str, int]:
     return found
 
 
+def norms_before(model: nn.Module) -> dict[str, str]:
+    """Return the norm in front of each feed-forward block, `{the block's path: the norm's}`.
+
+    Raises:
+        ValueError: if a layer does not have just two norms, of which the second is the feed-forward's.
+    """
+    sites = list(walk(model))
+    names = {site.path: site.name for site in sites}
+    found = {}
+    for path in beside(model):
+        layer = names[path].rpartition(".")[0]
+        norms = [site.path for site in sites if site.name.rpartition(".")[0] == layer and is_norm(site.base)]
+        if len(norms) != 2:
+            raise ValueError(
+                f"bottleneck.reads_stream needs layers with two norms, and {layer} of {type(model).__name__} has "
+                f"{len(norms)}. Set it to false."
+            )
+        found[path] = norms[1]
+    return found
+
+
 def _shared(one: str, other: str) -> int:
     """Return how many segments two paths begin with in common."""
     pairs = zip(one.split("."), other.split("."), strict=False)

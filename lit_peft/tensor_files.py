@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,4 +78,23 @@ def check_same(file: Path, path: str, base: Tensor, copied: Tensor) -> None:
         raise ValueError(
             f"{file} holds a weight of its own for {path!r}, which is not this base model's. Was its vocabulary "
             "resized, or is it an adapter of another base model?"
+        )
+
+
+def compare_bases(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Compare two base models: by hash where both have one, else by the last piece of their names.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    their_name, our_name = theirs.get("name"), ours.get("name")
+    if theirs.get("sha") and ours.get("sha"):
+        same = theirs["sha"] == ours["sha"]
+    else:
+        same = not their_name or not our_name or Path(their_name).name.lower() == Path(our_name).name.lower()
+    if not same:
+        version = " (another version of it)" if their_name == our_name else ""
+        raise ValueError(
+            f"This adapter was made on {their_name!r}, and the model here is {our_name!r}{version}. Load that base, or "
+            "set check_base=false."
         )

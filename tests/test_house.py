@@ -49,7 +49,8 @@ ROOMS = {
     "prefixed": "",
     "gates": "selection",
     "module": "adapter",
-    "hub": "adapter sites structure targets backbone tensor_files forks virtual_tokens",
+    "foreign": "sites sublayers targets tensor_files",
+    "hub": "adapter sites structure targets backbone tensor_files forks foreign virtual_tokens",
     "merging": "adapter weights hub backbone rewriting quantised",
     "callbacks": "adapter named weights module hub merging backbone faults rewriting tensor_files",
     "mixin": "selection adapter named ops module sites structure hub callbacks rewriting weights sets meaning "
@@ -63,7 +64,7 @@ ROOMS = {
     "tasks": "adapter ops module data backbone sites structure template",
     "zoo": "methods tasks catalogue module mixin",
     "comparing": "catalogue zoo module backbone faults quiet",
-    "saved": "hub catalogue",
+    "saved": "hub catalogue foreign",
     "restore": "adapter named zoo saved hub tensor_files backbone merging module catalogue forks",
     "blocks": "",
 }

@@ -9,10 +9,15 @@ from typing import Any
 import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
+from lit_peft import hub, load
 from lit_peft.adapter import named_adapters
 from lit_peft.catalogue import FACTS, METHODS
+from lit_peft.forks import kind_of
 from lit_peft.named import adapters, add_adapter, disabled, routed
+from lit_peft.saved import methods_of
+from tests import foreign_folders as made
 from tests.distributed.worker import SETTINGS
 from tests.models import save_tiny
 from tests.test_methods import CASES, Case, batch, build, gradients, outputs, same, shake
@@ -114,3 +119,61 @@ def test_file_type(name: str, llama: Path) -> None:
     assert facts.peft == (facts.peft_type in set(peft.PeftType))
     parts = build(case_of(name), llama, "sft").parts()
     assert " + ".join(part["peft_type"] for part in reversed(parts)) == facts.peft_type  # the outermost first
+
+
+@each
+def test_what_is_written_is_what_the_facts_say_and_who_they_say_can_read_it(
+    name: str, llama: Path, tmp_path: Path
+) -> None:
+    facts = FACTS[name]
+    module: Any = build(case_of(name), llama, "sft")
+    shake(module)
+    folder = module.save_adapter(tmp_path / "a")
+    kinds = [config["peft_type"] for config in hub.read_configs(folder)]
+    assert " + ".join(reversed(kinds)) == facts.peft_type
+    assert ("HF PEFT" in facts.reads) == facts.peft
+    if not facts.peft:
+        with pytest.raises((KeyError, ValueError, TypeError)):
+            peft.PeftConfig.from_pretrained(str(folder))
+        return
+    module.eval()
+    rows = batch("sft")
+    inputs = {key: rows[key] for key in ("input_ids", "attention_mask")}
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(llama), str(folder)).eval()
+    with torch.no_grad():
+        if name == "qlora":  # HF PEFT has the base as it is stored, not in four bits
+            module = load(folder, quantize="none", device="cpu")
+        mine = module.model(**inputs, use_cache=False).logits
+        found = theirs(**inputs, use_cache=False).logits
+    there = rows["attention_mask"].bool()
+    assert same(mine[there], found[there])
+
+
+def test_other_libraries_folders(tmp_path: Path) -> None:
+    """Every folder that is read belongs to the methods that say so, and to no other."""
+    bert = tmp_path / "bert"  # which no one looks at
+    bottleneck, prefix = made.BOTTLENECK, made.PREFIX
+    gated = [{**prefix, "use_gating": True}, {**bottleneck, "use_gating": True}, made.LORA]
+    unions = [{"architecture": "union", "configs": c} for c in ([prefix, {**bottleneck, **made.PARALLEL}], gated)]
+    changes = ({}, made.HOULSBY, made.PARALLEL, made.COMPACTER)
+    found: dict[str, set[str]] = {"adapters": set(), "pyreft": set()}
+
+    def note(library: str, folder: Path) -> None:
+        found[library].update(methods_of([kind_of(config) for config in hub.read_configs(folder)], folder))
+
+    direft = {**made.REFT, "orthogonality": False, "subtract_projection": False}
+    for number, config in enumerate([*({**bottleneck, **c} for c in changes), prefix, made.REFT, direft, *unions]):
+        tensors: dict[str, torch.Tensor] = {}
+        for part in config.get("configs", [config]):
+            build_part: dict[str, Callable[..., Any]] = {
+                "prefix_tuning": made.prefix,
+                "lora": made.gated_lora,
+                "reft": lambda kind, part: made.reft(kind, part)[0],
+            }
+            tensors |= build_part.get(str(part.get("architecture")), made.bottleneck)("bert", part)
+        note("adapters", made.write_adapters(tmp_path / f"{number}", "bert", bert, config, tensors))
+    for kind in ("LoreftIntervention", "DireftIntervention"):
+        made.write_pyreft(tmp_path / kind, "llama", kind)
+        note("pyreft", tmp_path / kind)
+    for library, methods in found.items():
+        assert methods == {name for name, facts in FACTS.items() if library in facts.reads}

@@ -20,6 +20,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
+from lit_peft.data.collate import IGNORED
 from lit_peft.data.encode import EncodeRow, encode_part, fingerprint, is_written, load_written, split_rows, write_once
 from lit_peft.data.loader import EncodedRows, ResumableLoader, ShardedSampler
 from lit_peft.data.read import Part, Paths, find_parts
@@ -155,6 +156,15 @@ class Rows(LightningDataModule):
     @abstractmethod
     def collate(self, stage: str) -> Callable[[Any], Any]:
         """Return the function that turns a list of rows into a batch."""
+
+    def prompt_lengths(self, split: str = "train") -> list[int]:
+        """Return how many tokens come before the first one that is learned, for each encoded row."""
+        table = self.tables.get(split)
+        if table is None:
+            return []
+        if "labels" not in table.column_names or self.encoder_decoder:  # the whole text is the prompt
+            return [len(ids) for ids in table["input_ids"]]
+        return [next((i for i, label in enumerate(row) if label != IGNORED), len(row)) for row in table["labels"]]
 
     def bins(self, table: datasets.Dataset) -> list[list[int]] | None:
         """Return which rows share a training row, None for one each."""

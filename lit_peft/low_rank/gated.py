@@ -23,6 +23,7 @@ class GatedLoRALinear(LoRALinear):
     """
 
     peft_type = "LIT_GATED_LORA"
+    site = ("causal",)
     merge = Adapter.merge  # which refuses: the gate depends on the input
 
     def add(self, name: str, config: GatedLoRAConfig) -> None:  # type: ignore[override]

@@ -133,7 +133,7 @@ class LoRALinear(AdditiveLinear):
             ValueError: if it is not.
         """
         r = find(config.get("rank_pattern") or {}, path, config.get("r", 8))
-        alpha = find(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8))
+        alpha = find(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", config.get("alpha", 8)))
         theirs = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
         mine = self.layer_settings(name)
         here = mine["lora_alpha"] / (math.sqrt(mine["r"]) if mine["use_rslora"] else mine["r"])

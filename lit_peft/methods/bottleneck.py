@@ -130,6 +130,8 @@ class Bottleneck(ComposedBranches):
         42
     """
 
+    site = ("hidden_size", "layer", "causal", "peft_type")
+
     @property
     def peft_type(self) -> str:
         """The kind of folder that holds this adapter: each bottleneck method has its own."""

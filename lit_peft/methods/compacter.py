@@ -133,6 +133,7 @@ class CompacterAdapter(Adapter):
     """A bottleneck y -> y + U act(D y) whose D and U are sums of Kronecker products."""
 
     peft_type: ClassVar[str] = "LIT_COMPACTER"
+    site = ("hidden_size",)
 
     def add(self, name: str, config: CompacterConfig) -> None:
         """Make s (n, in / n), t (n, out / n) and the bias of both projections of another named set."""

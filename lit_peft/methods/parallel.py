@@ -21,7 +21,7 @@ from lit_peft.methods.bottleneck import (
     Bottlenecks,
 )
 from lit_peft.structure import is_linear
-from lit_peft.sublayers import across, beside, is_norm
+from lit_peft.sublayers import across, beside, is_norm, norms_before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,13 @@ class ParallelConfig(BottleneckConfig):
         train_norms: train the model's LayerNorms (RMSNorms) too; not those of layers left out.
         hidden_size: width d of the residual stream; None: the model's.
         peft_type: set by the method: what its folders are called.
+        reads_stream: on models that normalise first, read the residual stream as it is and not what the feed-forward
+            reads, as folders of adapter-hub's library want it.
     """
 
     bottleneck_size: int | None = 512
     scale: float = 4.0
+    reads_stream: bool = False
 
     default_lr: ClassVar[float] = 1e-4
 
@@ -60,6 +63,7 @@ class ParallelAdapter(Bottlenecks):
     """
 
     method = "parallel"
+    bottleneck: ParallelConfig
     peft_type = "LIT_PARALLEL"
 
     def __init__(self, *args: Any, bottleneck: ParallelConfig = ParallelConfig(), **kwargs: Any) -> None:
@@ -72,13 +76,22 @@ class ParallelAdapter(Bottlenecks):
         return beside(self.model)
 
     def readers(self) -> dict[str, str]:
-        """Return the first linear layers of feed-forwards that have no module of their own."""
+        """Return what notes the input of an adapter that does not stand around all of the feed-forward it is beside.
+
+        That is the first linear layer where no module holds the whole, and the norm where the stream is read.
+        """
         assert self.model is not None
+        if self.bottleneck.reads_stream and not any(map(_adds, map(self.model.get_submodule, self.sites()))):
+            return norms_before(self.model)
         return across(self.model)
 
     def bottleneck_class(self, module: nn.Module) -> type[Adapter]:
         """Return the adapter around BERT's module that adds and normalises, a last linear layer, or a feed-forward."""
-        if is_linear(module):
-            return BottleneckAcross
-        post = any(is_norm(innermost(child)) for child in module.children())
-        return BottleneckBesideNorm if post else BottleneckBeside
+        if _adds(module):
+            return BottleneckBesideNorm
+        return BottleneckAcross if is_linear(module) or self.bottleneck.reads_stream else BottleneckBeside
+
+
+def _adds(module: nn.Module) -> bool:
+    """Whether a module adds what the feed-forward read, and normalises."""
+    return any(is_norm(innermost(child)) for child in innermost(module).children())

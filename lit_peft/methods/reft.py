@@ -10,40 +10,25 @@ matrix, and d r numbers are stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_peft.adapter import Adapter, innermost
 from lit_peft.methods.bottleneck import first, with_first
+from lit_peft.methods.reft_positions import EDIT, Edit, edited, prompt_is, prompt_of, prompts_now, texts_of
 from lit_peft.mixin import PEFT
 from lit_peft.placing import join
 from lit_peft.sites import geometry, stacks
 from lit_peft.sublayers import hosts
 
-EDIT = "reft_edit"  # keyword on the way from the stack to its layers: which positions are edited
-# (batch, length), True in the prompt; None: every token that is there. Read once, when the stack is called: what the
-# layers see are arguments, so that a replay sees the same.
-_PROMPT: ContextVar[Tensor | None] = ContextVar("lit_peft_prompt", default=None)
-
-
-@contextmanager
-def prompt_is(mask: Tensor | None) -> Iterator[None]:
-    """Say which tokens (batch, length) of the next calls are the prompt; None: all of them.
-
-    `generate` needs it only with `use_cache=False`, where every call is handed the whole text again.
-    """
-    token = _PROMPT.set(mask)
-    try:
-        yield
-    finally:
-        _PROMPT.reset(token)
+__all__ = ["EDIT", "Edit", "ReFTConfig", "edited", "prompt_is", "prompt_of"]  # where others look for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +40,8 @@ class ReFTConfig:
         first: f, how many tokens at the start of the prompt are edited.
         last: l, how many at its end.
         layers_to_transform: numbers of the layers; None: all (of the encoder, where there is one).
+        short_prompts: what to do with training prompts of fewer than f + l tokens: `refuse` stops before training,
+            `share` lets no more than half of such a prompt count as first, and the rest as last.
         tied: the same edit for the first and the last tokens; else one each.
         dropout: dropout on the edit.
         start_at_identity: LoReFT: start with W = R and b = 0, that is, as the base; else W is random as in the paper's
@@ -69,6 +56,7 @@ class ReFTConfig:
     first: int = 7
     last: int = 7
     layers_to_transform: list[int] | None = None
+    short_prompts: Literal["refuse", "share"] = "refuse"
     tied: bool = True
     dropout: float = 0.0
     start_at_identity: bool = True
@@ -81,73 +69,29 @@ class ReFTConfig:
             raise ValueError(f"reft.r is {self.r}; the rank must be 1 or more.")
         if self.first < 0 or self.last < 0 or self.first + self.last == 0:
             raise ValueError(f"reft.first is {self.first} and last {self.last}; edit at least one token.")
+        if self.short_prompts not in ("refuse", "share"):
+            raise ValueError(f"reft.short_prompts is {self.short_prompts!r}; it must be 'refuse' or 'share'.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"reft.dropout is {self.dropout}; it must be at least 0 and below 1.")
-
-
-@dataclass(eq=False)
-class Edit:
-    """Which positions are edited in one call.
-
-    Attributes:
-        marks: for each named set (batch, length), as `edited` returns them.
-        used: whether a layer has read them.
-    """
-
-    marks: dict[str, Tensor]
-    used: bool = False
-
-
-def edited(prompt: Tensor, first: int, last: int) -> Tensor:
-    """Return 1 at the first, 2 at the last tokens of each row's prompt and 0 elsewhere, (batch, length).
-
-    A prompt shorter than first + last is shared out: no more than half of it counts as first, the rest as last.
-
-    Example:
-        >>> import torch
-        >>> edited(torch.tensor([[0, 1, 1, 1, 1, 0]]), 1, 2).tolist()
-        [[0, 1, 0, 2, 2, 0]]
-    """
-    there = prompt.bool()
-    number = there.long().cumsum(1)  # from 1
-    length = number[:, -1:]
-    short = length < first + last
-    f = torch.where(short, torch.minimum(length // 2 if last else length, torch.full_like(length, first)), first)
-    marks = torch.where(
-        number <= f, 1, torch.where(number > length - torch.minimum(length - f, torch.full_like(length, last)), 2, 0)
-    )
-    return marks * there
-
-
-def _refuse_packed(mask: Tensor | None, positions: Tensor | None) -> None:
-    """Raise a ValueError for rows of several texts: which of their tokens are prompts cannot be told."""
-    if mask is None and positions is not None and bool((positions[:, 1:] < positions[:, :-1]).any()):
-        raise ValueError("Rows that pack several texts do not go with this method. Set packing: false.")
 
 
 class ReFTStack(Adapter):
     """Tells the layers inside which positions to edit; has no parameters of its own."""
 
     peft_type: ClassVar[str] = ""
-    packs = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base with the marks of the prompt's first and last tokens, in a prompt pass."""
         text = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
-        shares = self.shares(text)
+        shares = self.shares(text if text.ndim > 2 else text[..., None])  # (rows, length, width), as layers have it
         cache = kwargs.get("past_key_values")
         if not shares or (cache is not None and cache.get_seq_length()):
             return self.base(*args, **kwargs)
-        mask, prompt = kwargs.get("attention_mask"), _PROMPT.get()
-        if mask is not None and mask.ndim == 4:  # a static cache's: what the last token sees of this text
-            seen = mask[:, 0, -1, : text.shape[1]]
-            mask = (seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2).long()
-        _refuse_packed(mask, kwargs.get("position_ids"))
-        there = text.new_ones(text.shape[:2], dtype=torch.long) if mask is None else mask
-        if prompt is not None:  # tokens that were generated behind it are none of it
-            there = there * F.pad(prompt.to(there), (0, text.shape[1] - prompt.shape[1]))
+        mask = kwargs.get("attention_mask")
+        there = prompts_now(text, mask)
+        texts = texts_of(kwargs.get("position_ids")) if mask is None else None
         configs: dict[str, ReFTConfig] = {name: self.configs[name] for name, _ in shares}
-        edit = Edit({name: edited(there, config.first, config.last) for name, config in configs.items()})
+        edit = Edit({name: edited(there, config.first, config.last, texts) for name, config in configs.items()})
         out = self.base(*args, **{**kwargs, EDIT: edit})
         if not torch.compiler.is_compiling() and not edit.used:
             raise TypeError(
@@ -168,6 +112,7 @@ class LoReFTLayer(Adapter):
     """
 
     peft_type: ClassVar[str] = "LIT_LOREFT"
+    site = ("hidden_size",)
 
     def add(self, name: str, config: ReFTConfig) -> None:
         """Make R (places, d, r), W (places, r, d) and b (places, r); one place, or first and last where untied."""
@@ -191,7 +136,7 @@ class LoReFTLayer(Adapter):
     def start(self, rotation: Tensor, source: Tensor, config: ReFTConfig) -> None:
         """Fill R with random orthonormal columns, and W with R^T (no edit) or as `nn.Linear` starts."""
         for q, w in zip(rotation, source, strict=True):
-            nn.init.orthogonal_(q)
+            q.copy_(nn.init.orthogonal_(torch.empty_like(q, dtype=torch.float32)))  # no QR in half precision
             if config.start_at_identity:
                 w.copy_(orthonormal(q).t())
             else:
@@ -242,7 +187,7 @@ class DiReFTLayer(LoReFTLayer):
         """Fill W_1 as `nn.Linear` starts; W_2 with zeros (no edit), or with orthonormal columns."""
         for w2, w1 in zip(rotation, source, strict=True):
             nn.init.uniform_(w1, -(w1.shape[1] ** -0.5), w1.shape[1] ** -0.5)
-            nn.init.zeros_(w2) if config.start_at_identity else nn.init.orthogonal_(w2)
+            w2.copy_(torch.zeros_like(w2) if config.start_at_identity else nn.init.orthogonal_(w2.float()))
 
     def edit(self, name: str, place: int, h: Tensor) -> Tensor:
         """Return W_2^T (W_1 h + b) for rows h (n, d)."""
@@ -283,6 +228,28 @@ class ReFT(PEFT):
         join(self.model, {stack[number]: config for number in chosen}, lambda base: self.layer, self.placing)
         join(self.model, {hosts(self.model)[0]: config}, lambda base: ReFTStack, self.placing)
 
+    def on_fit_start(self) -> None:
+        """See that the training prompts are long enough, where the data module can tell.
+
+        Raises:
+            ValueError: if one has fewer tokens than are to be edited.
+        """
+        super().on_fit_start()
+        assert self.model is not None
+        stacks = [module for module in self.model.modules() if isinstance(module, ReFTStack)]
+        trained = {name: c for m in stacks for name, c in m.configs.items() if name in (m.scope.trained or m.configs)}
+        strict = {name: config for name, config in trained.items() if config.short_prompts == "refuse"}
+        lengths = getattr(getattr(self.trainer, "datamodule", None), "prompt_lengths", None)
+        if not strict or lengths is None:
+            return
+        shortest = min(lengths(), default=None)
+        widest = max(strict.values(), key=lambda config: config.first + config.last)
+        if shortest is not None and shortest < widest.first + widest.last:
+            raise ValueError(
+                f"reft.first {widest.first} and last {widest.last} are {widest.first + widest.last} tokens, and the "
+                f"shortest training prompt has {shortest}. Lower them, or set reft.short_prompts: share."
+            )
+
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the task's step; tokens without a label, in front of the answer, are the prompt."""
         with self.prompting(batch):
@@ -308,19 +275,15 @@ class ReFT(PEFT):
         super().adopt(config)
         if config.get("peft_type") == self.layer.peft_type:
             known = {field.name for field in fields(ReFTConfig)}
-            self.reft = self.configured(ReFTConfig, "reft", {k: v for k, v in config.items() if k in known})
+            stored = {key: value for key, value in config.items() if key in known}
+            if "first" not in stored:  # pyreft
+                stored |= {"first": self.reft.first, "last": self.reft.last}
+                rank_zero_warn(
+                    f"This adapter's folder does not say which tokens it edits; taken: the first {self.reft.first} and "
+                    f"the last {self.reft.last} of the prompt. Set reft.first and reft.last as they were in training."
+                )
+            self.reft = self.configured(ReFTConfig, "reft", stored)
 
     def parts(self) -> list[dict[str, Any]]:
         """Return the settings for `adapter_config.json`."""
         return [*super().parts(), {"peft_type": self.layer.peft_type, **asdict(self.reft)}]
-
-
-def prompt_of(batch: Any) -> Tensor | None:
-    """Return which tokens (batch, length) come before the first label; None where labels do not follow the text."""
-    if not isinstance(batch, Mapping) or "labels" not in batch or "input_ids" not in batch:
-        return None
-    labels: Tensor = batch["labels"]
-    ids: Tensor = batch["input_ids"]
-    if labels.shape != ids.shape:
-        return None
-    return (labels != -100).long().cumsum(1) == 0

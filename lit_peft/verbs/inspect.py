@@ -21,7 +21,7 @@ from lit_peft.catalogue import FACTS
 from lit_peft.forks import kind_of
 from lit_peft.saved import locate, merge_summary, methods_of, read_checkpoint
 from lit_peft.targets import KEYS, OWN, bare
-from lit_peft.tensor_files import load_tensors, shapes
+from lit_peft.tensor_files import shapes
 from lit_peft.virtual_tokens import TOKENS
 
 COLUMNS = 7  # norms beside each other that 80 characters hold
@@ -108,7 +108,7 @@ def _adapter(folder: Path) -> Contents:
         methods_of([kind_of(config) for config in hub.read_configs(folder)], folder)
     except ValueError as error:
         contents.facts["note"] = str(error)
-    for part, config in zip(hub.part_folders(folder), hub.read_configs(folder), strict=True):
+    for (_, tensors), config in zip(hub.contents(folder), hub.read_configs(folder), strict=True):
         name = kind_of(config).removeprefix("LIT_").lower()
         noted = {"name": config.get("base_model_name_or_path"), "revision": config.get("revision")}
         contents.facts["base"] = _base({**noted, **{k: v for k, v in meta.get("base", {}).items() if v}})
@@ -117,8 +117,7 @@ def _adapter(folder: Path) -> Contents:
             config.get("task_type") or (config.get("auto_mapping") or {}).get("base_model_class")
         )
         contents.scales["lora" if name == "adalora" else name] = _scale(config)
-        for key, tensor in load_tensors(part / hub.WEIGHTS).items():
-            contents.tensors[key.removeprefix(hub.PREFIX)] = tensor
+        contents.tensors.update(tensors)
     contents.facts["labels"] = ", ".join(meta.get("labels", []))
     wrote = {"lit_peft": meta.get("lit_peft_version"), "peft": config.get("peft_version")}
     contents.facts["versions"] = ", ".join(f"{key} {value}" for key, value in wrote.items() if value)

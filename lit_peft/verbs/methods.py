@@ -100,6 +100,7 @@ def _one(console: Console, name: str) -> None:
         "around": facts.place,
         "weights": facts.trained if not facts.adapter else f"{facts.trained}, a layer",
         "file type": facts.peft_type,
+        "reads": ", ".join(["its own", *facts.reads]),
         "paper": facts.paper or "none",
     }
     for key, value in rows.items():
