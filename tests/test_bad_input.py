@@ -302,7 +302,7 @@ def test_verbs(ask: Any) -> None:
         assert "void holds no checkpoint, adapter or model." in ask(verb, "void", *more)
     for verb in ("merge", "export"):
         assert "Choose a new folder." in ask(verb, RUN, "--out", "base")
-    assert "to is 'onnx'; it must be one of peft, vllm, sglang, llama.cpp, hf." in ask(
+    assert "to is 'onnx'; it must be one of peft, lit_peft, vllm, sglang, llama.cpp, hf." in ask(
         "export", RUN, "--out", "m", "--to", "onnx"
     )
     assert "dtype is 'int3'; it must be one of float32," in ask("merge", RUN, "--out", "m", "--dtype", "int3")

@@ -36,6 +36,7 @@ SLOW = {
     "p_tuning_v2": (5e-2, 0.8),
     "prompt": (1e-1, 0.8),
     "p_tuning": (1e-2, 0.9),
+    "fusion": (3e-2, 0.95),  # only chooses between two adapters that have learned nothing
     "parallel": (2e-3, FALL),
     "mam": (1e-2, FALL),
     "loreft": (2e-2, 0.9),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ def padded(ids: Tensor, left: bool) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def test_repeated_and_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):  # the command line makes it quiet
+        caplog.set_level(logging.INFO, logger=name)
     folder = save_tiny("llama", tmp_path / "tokens")
     words = list(tokenizer_of(folder)(TEXT)["input_ids"])
     n = len(words)

@@ -230,7 +230,8 @@ class PTuning(PromptTuning):
 
     def preferred_dtype(self) -> str:
         """Train a base in float32: updates of 1e-5 vanish in bf16's 8 bits."""
-        return "float32" if self.prompt.tune_base else super().preferred_dtype()
+        settings = getattr(self, "prompt", None)  # --print_config asks a class, not a module
+        return "float32" if settings is not None and settings.tune_base else super().preferred_dtype()
 
     def _adopted(self, config: Mapping[str, Any]) -> PromptConfig | None:
         if not any(f".{NETWORK}" in f".{key}" for key in config.get(KEYS, ())):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_peft.ops.low_rank import drawn, dropped
+from lit_peft.ops.low_rank import drawn, dropped, low_rank_update
 from lit_peft.ops.low_rank import reference as plain
 from lit_peft.ops.recipes import Recipe, eager, recipe_of
 
@@ -56,8 +56,10 @@ def residual_update(
         return reference(y, F.dropout(x, dropout) if dropout else x, a, b, a0, b0, scale)
     # the differences are taken before rounding: in half precision a small step would be lost in them
     steps = (b.detach() - b0).to(y.dtype), (a.detach() - a0).to(y.dtype)
-    parts = (part.to(y.dtype) for part in (a, b, a0, b0))
-    out: Tensor = _Residual.apply(y, x, *parts, *steps, scale, dropout, drawn(dropout), recipe_of(x))  # type: ignore[no-untyped-call]
+    a, b, a0, b0 = (part.to(y.dtype) for part in (a, b, a0, b0))
+    if not (torch.is_grad_enabled() or dropout):  # as the plain LoRA that is saved: equal to the last bit
+        return low_rank_update(y, x, torch.cat([a, steps[1]]), torch.cat([steps[0], b0], dim=1), scale)
+    out: Tensor = _Residual.apply(y, x, a, b, a0, b0, *steps, scale, dropout, drawn(dropout), recipe_of(x))  # type: ignore[no-untyped-call]
     return out
 
 
