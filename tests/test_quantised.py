@@ -90,7 +90,7 @@ def test_weights_are_what_the_paper_says(shape: tuple[int, int], double: bool) -
         assert 0.05 < error < 0.12
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_other_dtypes_are_read_and_given_back(dtype: torch.dtype) -> None:
     weight = draw(40, 72, dtype=dtype)
     layer = NF4Linear(weight)

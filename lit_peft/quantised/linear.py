@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 BLOCK, GROUP = 64, 256
 ALIGNED = 16  # bytes: CUDA kernels read that much at once
+KNOWN = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that bitsandbytes reads and writes
 
 
 @cache
@@ -83,9 +84,8 @@ def encode(weight: Tensor, double_quant: bool = True) -> Tensor:
     """
     if not bool(weight.isfinite().all()):
         raise ValueError("A weight with NaN or infinite numbers cannot be quantised. Is the model's file damaged?")
-    known = weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     levels, state = codec().quantize_4bit(
-        (weight if known else weight.float()).contiguous(),
+        (weight if weight.dtype in KNOWN else weight.float()).contiguous(),
         blocksize=BLOCK,
         quant_type="nf4",
         compress_statistics=double_quant,
@@ -127,8 +127,9 @@ def decode(packed: Tensor, out: int, wide: int, double_quant: bool, dtype: torch
     # On CPUs bitsandbytes decodes rows that end inside a block wrongly (0.50.2, no error), and compiles for those that
     # end inside a byte: they are decoded as one row of even length.
     even = [out, wide] if wide % BLOCK == 0 else [1, 2 * (levels.stop - levels.start)]
-    weight: Tensor = ops.dequantize_4bit.default(packed[levels], largest, BLOCK, "nf4", even, dtype)
-    return weight.flatten()[: out * wide].view(out, wide)
+    known = dtype if dtype in KNOWN else torch.float32  # bitsandbytes makes NaN of others, with no error
+    weight: Tensor = ops.dequantize_4bit.default(packed[levels], largest, BLOCK, "nf4", even, known)
+    return weight.flatten()[: out * wide].view(out, wide).to(dtype)
 
 
 class _Product(torch.autograd.Function):
