@@ -10,6 +10,7 @@ so all checkpoints stay as they are, and `unfuse` brings the model's own modules
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType
@@ -75,9 +76,10 @@ class Fused(nn.Module):
         nn.Module.__init__(self)
         self.training = plain.training
         self.__dict__["plain"] = plain  # not a child: names and checkpoints stay as they are
-        # one dictionary for both, so that what is put in the place of a child later is seen by both
-        for part in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
-            self.__dict__[part] = plain.__dict__[part]
+        # one dictionary for both, so that a child or a hook that is put in later is seen by both
+        for key, value in plain.__dict__.items():
+            if key in self.__dict__ and isinstance(value, dict | set):
+                self.__dict__[key] = value
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -94,7 +96,8 @@ class FusedMLP(Fused):
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP's output: (..., width) -> (..., width)."""
         e, g = self.gate_proj(x), self.up_proj(x)
-        if fusing() and (e.requires_grad or g.requires_grad) and e.shape == g.shape and e.dtype == g.dtype:
+        alike = e.shape == g.shape and e.dtype == g.dtype
+        if fusing() and (e.requires_grad or g.requires_grad) and alike and _is_silu(self.act_fn):
             product: Tensor = _Product.apply(e, g)  # type: ignore[no-untyped-call]
             return self.down_proj(note(product, e, g, make=silu_product))  # type: ignore[no-any-return]
         return self.down_proj(self.act_fn(e) * g)  # type: ignore[no-any-return]
@@ -121,26 +124,33 @@ class FusedHead(Fused, nn.Linear):
 
     def __init__(self, plain: nn.Linear) -> None:
         Fused.__init__(self, plain)
-        self.is_open = False
+        self.opened_by = 0  # a thread: others may use the model meanwhile
         self.given: Tensor | None = None
+        self.mark: Tensor | int = 0
         self.refused = False  # the model does something to the logits
         self.known = False  # it does not
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + c, or x itself: (..., d) -> (..., V) or (..., d)."""
-        if self.is_open and eager():
-            self.given = x
+        if eager() and self.opened_by == threading.get_ident():
+            self.given, self.mark = x, x.clone() if x.is_inference() else x._version
             return x
         return F.linear(x, self.weight, self.bias)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Let the model's output be the hidden states."""
-        self.is_open, self.given = True, None
+        self.opened_by, self.given = threading.get_ident(), None
         try:
             yield
         finally:
-            self.is_open = False
+            self.opened_by = 0
+
+    def is_as_given(self, output: Tensor | None) -> bool:
+        """Return whether a model's output is what this layer returned while it was open, unchanged."""
+        if output is None or output is not self.given:
+            return False
+        return output.equal(self.mark) if isinstance(self.mark, Tensor) else output._version == self.mark
 
 
 def head_of(model: nn.Module) -> FusedHead | None:
@@ -148,6 +158,8 @@ def head_of(model: nn.Module) -> FusedHead | None:
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
     if not isinstance(head, FusedHead) or head.refused or not eager():
+        return None
+    if _hooked(head) or model._forward_hooks:  # which are to see logits
         return None
     parts = [part for part in (head.weight, head.bias) if part is not None]
     plain = all(type(part) is nn.Parameter and not part.requires_grad for part in parts)
@@ -171,14 +183,14 @@ def scored(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, FusedHe
         try:
             with head.opened():
                 output: Tensor | None = model(**inputs).logits
-        except (RuntimeError, TypeError, ValueError):
+        except Exception:
             if head.known or head.given is None:
                 raise
             output = None  # such as a bias of the vocabulary's length; an error of another kind comes again below
-        given, head.given = head.given, None
-        if given is None and output is not None:  # the model went another way to its logits
+        if head.given is None and output is not None:  # the model went another way to its logits
             return output, None
-        head.known = given is output
+        head.known = head.is_as_given(output)
+        head.given, head.mark = None, 0
         if head.known and type(head.weight) is nn.Parameter:  # not one shard of many
             assert output is not None
             return output, head
@@ -235,7 +247,8 @@ def unfuse(model: nn.Module) -> None:
     """Bring back the model's own modules; the inverse of `fuse`."""
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if path and isinstance(module, Fused):
-            module.plain.train(module.training)
+            own = ("plain", "opened_by", "given", "mark", "refused", "known")
+            module.plain.__dict__.update({key: value for key, value in module.__dict__.items() if key not in own})
             _put(model, path, module.plain)
 
 
@@ -249,6 +262,11 @@ def _hooked(module: nn.Module) -> bool:
     return "forward" in module.__dict__ or any(getattr(module, hook) for hook in hooks)
 
 
+def _is_silu(act: Any) -> bool:
+    # by name: transformers has a class of its own for it
+    return type(act).__name__ in ("SiLU", "SiLUActivation") and not _hooked(act)
+
+
 def _kind(module: nn.Module, head: nn.Module | None) -> type[Fused] | None:
     code = getattr(type(module).forward, "__code__", None)
     if type(module) is nn.Linear and module is head and not _hooked(module):
@@ -257,6 +275,5 @@ def _kind(module: nn.Module, head: nn.Module | None) -> type[Fused] | None:
         return None
     if _says(code) == _says(_rms_norm.__code__):
         return FusedNorm
-    # by name: transformers has a class of its own for it
-    silu = "silu" in type(getattr(module, "act_fn", None)).__name__.lower()
+    silu = _is_silu(getattr(module, "act_fn", None))
     return FusedMLP if silu and _says(code) == _says(_gated_mlp.__code__) else None

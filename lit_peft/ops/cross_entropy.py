@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_peft.ops.recipes import as_written
+
 # logits of one piece: as many as stay cheap to hold, and enough rows for a full matrix product
 PIECE = {"cpu": 2**23, "cuda": 2**28}
+# dx is computed before the loss is scaled, and float16 ends at 6e-8
+LIFT = {torch.float16: 2.0**10}
 
 
 def reference(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -77,7 +81,8 @@ class _CrossEntropy(torch.autograd.Function):
         total = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
         needed = ctx.needs_input_grad[0]
         dx = torch.empty_like(x) if needed else None
-        with torch.autocast(x.device.type, enabled=False):
+        lift = LIFT.get(x.dtype, 1.0)
+        with as_written(x):
             weight = weight.to(x.dtype)
             for part in _pieces(x, weight):
                 logits = F.linear(x[part], weight, None if bias is None else bias.to(x.dtype))
@@ -89,12 +94,13 @@ class _CrossEntropy(torch.autograd.Function):
                 if dx is not None:
                     slope = logits.sub_(lse).exp_()
                     slope.scatter_add_(1, aim, slope.new_full(aim.shape, -1.0))
-                    torch.mm(slope.to(x.dtype), weight, out=dx[part])
+                    torch.mm(slope.mul_(lift).to(x.dtype), weight, out=dx[part])
         ctx.save_for_backward(dx)
+        ctx.lift = lift
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (dx,) = ctx.saved_tensors
-        return (dx * gradient).to(dx.dtype), None, None, None
+        return (dx * (gradient / ctx.lift)).to(dx.dtype), None, None, None

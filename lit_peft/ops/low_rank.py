@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_peft.ops.recipes import Recipe, eager, recipe_of
+from lit_peft.ops.recipes import Recipe, as_written, eager, recipe_of
 
 
 def reference(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, diagonal: Tensor | None = None) -> Tensor:
@@ -81,7 +81,7 @@ def dropped(x: Tensor, p: float, seed: int) -> Tensor:
     """Return x with a share p of its entries at 0 and the others divided by 1 - p; the same for the same seed."""
     if not p:
         return x
-    if p == 1:
+    if p == 1 or x.is_meta:
         return torch.zeros_like(x)
     generator = torch.Generator(x.device).manual_seed(seed)
     mask = torch.empty_like(x, memory_format=torch.contiguous_format).bernoulli_(1 - p, generator=generator)
@@ -103,7 +103,7 @@ class _Update(torch.autograd.Function):
         recipe: Recipe,
     ) -> Tensor:
         needed = ctx.needs_input_grad
-        with torch.autocast(y.device.type, enabled=False):
+        with as_written(y):
             rows = dropped(x, p, seed).reshape(-1, x.shape[-1]).to(y.dtype)
             # H is (r, rows), not (rows, r): products with narrow results are up to four times slower on CPUs
             h = a @ rows.t()
@@ -117,7 +117,7 @@ class _Update(torch.autograd.Function):
             *(recipe.parts if needed[2] else ()),
         )
         ctx.made = recipe.make, x.shape, x.dtype, scale, p, seed
-        return out.view(y.shape)
+        return torch.ops.aten._unsafe_view(out, y.shape)  # type: ignore[no-any-return]  # a view could not be changed in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]  # a second derivative would lack H's

@@ -8,8 +8,11 @@ attach a `Recipe` to them; an op that would save x saves what the recipe names i
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +24,26 @@ class Recipe:
 
     parts: tuple[Tensor, ...]
     make: Callable[..., Tensor]
+    versions: tuple[int, ...] = ()  # of the tensor itself and of the parts
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave it out of files and copies of its tensor: `torch.load` would refuse it."""
+        return OrderedDict, ()
 
 
 def note(x: Tensor, *parts: Tensor, make: Callable[..., Tensor]) -> Tensor:
     """Attach to x how it is made of some parts, and return x."""
-    x._recipe = x._version, Recipe(tuple(part.detach() for part in parts), make)  # type: ignore[attr-defined]
+    versions = tuple(tensor._version for tensor in (x, *parts))
+    x._recipe = Recipe(tuple(part.detach() for part in parts), make, versions)  # type: ignore[attr-defined]
     return x
 
 
 def recipe_of(x: Tensor) -> Recipe:
-    """Return how to make x; a tensor without a recipe, or changed in place since, is its own part."""
-    version, recipe = getattr(x, "_recipe", (None, None))
-    return recipe if recipe is not None and version == x._version else Recipe((x,), _itself)
+    """Return how to make x; a tensor without a recipe, or changed in place since, or its parts, is its own part."""
+    recipe = getattr(x, "_recipe", None)
+    if isinstance(recipe, Recipe) and recipe.versions == tuple(tensor._version for tensor in (x, *recipe.parts)):
+        return recipe
+    return Recipe((x,), _itself)
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -40,13 +51,21 @@ def _itself(x: Tensor) -> Tensor:
 
 
 def eager() -> bool:
-    """Return whether the ops are to be used: not by a compiler, which chooses by itself what it keeps and fuses.
+    """Return whether the ops are to be used: not by a compiler or a tracer, which choose by themselves what they keep.
 
     The environment variable LIT_PEFT_KERNELS=0 forces the plain operations, to see whether a result hangs on the ops.
     """
-    return not torch.compiler.is_compiling() and os.environ.get("LIT_PEFT_KERNELS") != "0"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return os.environ.get("LIT_PEFT_KERNELS") != "0"
 
 
 def fusing() -> bool:
     """Return whether the ops are to be used and gradients are recorded here."""
     return eager() and torch.is_grad_enabled()
+
+
+def as_written(x: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which x's device computes in the dtypes that stand there, without autocast."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

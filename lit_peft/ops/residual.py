@@ -4,7 +4,9 @@
 
 which is exactly zero at the start in any precision. For g the gradient of out, P = s B^T g^T and P0 = s B0^T g^T:
 
-    dy = g        dx = D(P^T A - P0^T A0)        dA = P D(x)        dB = s (A D(x)^T g)^T
+    dy = g        dx = D((P - P0)^T A + P0^T (A - A0))        dA = P D(x)        dB = s (A D(x)^T g)^T
+
+with P - P0 from B - B0: in half precision the difference of two products would be all rounding.
 
 What is kept is what plain LoRA keeps, x (or what it is made of) and A x. Written with plain operations, autograd would
 keep a copy of every sum and difference of parameters, in each layer.
@@ -20,7 +22,7 @@ from torch.nn import functional as F
 
 from lit_peft.ops.low_rank import drawn, dropped, low_rank_update
 from lit_peft.ops.low_rank import reference as plain
-from lit_peft.ops.recipes import Recipe, eager, recipe_of
+from lit_peft.ops.recipes import Recipe, as_written, eager, recipe_of
 
 
 def reference(y: Tensor, x: Tensor, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scale: float) -> Tensor:
@@ -81,29 +83,33 @@ class _Residual(torch.autograd.Function):
         recipe: Recipe,
     ) -> Tensor:
         # in one product of rank 2r, as the saved folder is computed: loaded again, it is equal to the last bit
-        with torch.autocast(y.device.type, enabled=False):
+        with as_written(y):
             inner = torch.cat([a, a_step]) @ dropped(x, p, seed).reshape(-1, x.shape[-1]).to(y.dtype).t()
             b_both = torch.cat([b_step, b0], dim=1)
             out = torch.addmm(y.reshape(-1, y.shape[-1]), inner.t(), b_both.t(), alpha=scale)
         needed = ctx.needs_input_grad
         h = inner[: a.shape[0]].clone() if needed[3] else None
-        ctx.save_for_backward(a, b, a0, b0, h, *(recipe.parts if needed[2] else ()))
+        # steps in half precision cannot be taken again; in full precision they are not kept
+        ends = (a0, b) if y.dtype.itemsize >= 4 else (a_step, b_step)
+        ctx.save_for_backward(a, *ends, b0, h, *(recipe.parts if needed[2] else ()))
         ctx.made = recipe.make, x.shape, x.dtype, scale, p, seed
-        return out.view(y.shape)
+        return torch.ops.aten._unsafe_view(out, y.shape)  # type: ignore[no-any-return]  # as in `low_rank`
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        a, b, a0, b0, h, *parts = ctx.saved_tensors
+        a, a_step, b_step, b0, h, *parts = ctx.saved_tensors
         make, shape, dtype, scale, p, seed = ctx.made
         r, needed = a.shape[0], ctx.needs_input_grad
+        if a.dtype.itemsize >= 4:
+            a_step, b_step = a - a_step, b_step - b0
         g = gradient.reshape(-1, gradient.shape[-1])
         dx = da = db = None
+        both = (torch.cat([b_step, b0], dim=1).t() @ g.t()).mul_(scale)
         if needed[1]:
-            both = (torch.cat([b, b0], dim=1).t() @ g.t()).mul_(scale)
-            dx = dropped((both.t() @ torch.cat([a, -a0])).view(shape), p, seed).to(dtype)
+            dx = dropped((both.t() @ torch.cat([a, a_step])).view(shape), p, seed).to(dtype)
         if needed[2]:
-            inner = both[:r] if needed[1] else (b.t() @ g.t()).mul_(scale)
+            inner = both[:r] + both[r:]
             da = inner @ dropped(make(*parts), p, seed).reshape(-1, shape[-1]).to(g.dtype)
         if needed[3]:
             db = (h @ g).mul_(scale).t()

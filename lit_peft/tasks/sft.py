@@ -55,8 +55,14 @@ class SFT(Task):
         """Return what stands for the n trained tokens of a batch, and their targets (n,).
 
         That is logits (n, vocabulary) and None, or hidden states (n, width) and the output layer they belong to. A
-        batch without a trained token gives one that is ignored, so that every process has gradients.
+        batch without a trained token gives one that is ignored, so that every process has gradients. A subclass with
+        `trained_logits` of its own is asked for those.
         """
+        if type(self).trained_logits is not SFT.trained_logits:
+            return (*self.trained_logits(batch), None)
+        return self._scored(batch)
+
+    def _scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, FusedHead | None]:
         assert self.model is not None
         model, labels = self.model, batch["labels"]
         inputs: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
@@ -83,7 +89,7 @@ class SFT(Task):
 
     def trained_logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return logits (n, vocabulary) and targets (n,) of the n trained tokens of a batch."""
-        out, targets, head = self.scored(batch)
+        out, targets, head = self._scored(batch)
         return out if head is None else head(out), targets
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 import torch
@@ -199,3 +202,107 @@ def test_a_trained_or_adapted_head_gives_logits() -> None:
         out, head = scored(model, {"input_ids": ids})
         assert head is None
         assert out.shape[-1] == 64
+
+
+def test_an_activation_that_is_exchanged_or_hooked_later_acts() -> None:
+    for change in (
+        lambda mlp: setattr(mlp, "act_fn", torch.nn.GELU()),
+        lambda mlp: mlp.act_fn.register_forward_hook(lambda module, args, out: out * 2),
+    ):
+        plain, fused, ids = adapted(), adapted(), torch.arange(20).view(2, 10)
+        fuse(fused)
+        for model in (plain, fused):
+            change(model.model.layers[0].mlp)
+        agree(fused(input_ids=ids).logits, plain(input_ids=ids).logits, 1e-6)
+
+
+def test_hooks_and_attributes_outlive_both_changes() -> None:
+    model, ids, seen = adapted(tie_word_embeddings=True), torch.arange(20).view(2, 10), []
+    norm = model.model.norm
+    norm.register_state_dict_post_hook(lambda *_: seen.append("state"))
+    fuse(model)
+    norm.register_forward_hook(lambda *_: seen.append("before"))
+    model.model.norm.register_forward_hook(lambda *_: seen.append("after"))
+    model.model.layers[0].mlp.up_proj.eval()
+    model.resize_token_embeddings(70, mean_resizing=False)
+    model.state_dict()
+    model(input_ids=ids)
+    assert seen == ["state", "before", "after"]
+    unfuse(model)
+    model(input_ids=ids)
+    assert seen[3:] == ["before", "after"]
+    assert not model.model.layers[0].mlp.up_proj.training
+    assert model.lm_head.out_features == 70
+
+
+class Changing(torch.nn.Module):
+    """A model that changes its logits in place, as Chameleon does."""
+
+    def __init__(self, model: Any, column: int) -> None:
+        super().__init__()
+        self.model, self.column = model, column
+
+    def get_output_embeddings(self) -> Any:
+        return self.model.lm_head
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        output.logits[..., [self.column]] = -1e9
+        return output
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("column", [3, 60])  # 60 is no column of hidden states
+def test_logits_changed_in_place_are_kept(column: int, inference: bool) -> None:
+    model, ids = adapted(), torch.arange(20).view(2, 10)
+    with torch.inference_mode(inference):
+        wanted = Changing(model, column)(input_ids=ids).logits
+        fuse(model)
+        got, head = scored(Changing(model, column), {"input_ids": ids})
+    assert head is None
+    assert got.equal(wanted)
+
+
+@pytest.mark.parametrize("place_of_hook", ["", "lm_head"])
+def test_hooks_see_logits(place_of_hook: str) -> None:
+    model, seen = adapted(), []
+    fuse(model)
+    hooked = model.get_submodule(place_of_hook)
+    hooked.register_forward_hook(lambda module, args, out: seen.append(getattr(out, "logits", out).shape[-1]))
+    scored(model, {"input_ids": torch.arange(20).view(2, 10)})
+    assert seen == [64]
+
+
+def test_another_thread_gets_logits() -> None:
+    model, ids, found = adapted(), torch.arange(20).view(2, 10), []
+    fuse(model)
+    with model.lm_head.opened():
+        thread = Thread(target=lambda: found.append(model(input_ids=ids).logits.shape[-1]))
+        thread.start()
+        thread.join()
+    assert found == [64]
+
+
+def test_a_recipe_is_void_when_its_part_is_changed() -> None:
+    part = torch.ones(2)
+    x = note(part * 2, part, make=lambda part: part * 2)
+    part.add_(1)
+    assert recipe_of(x).parts[0] is x
+
+
+def test_hidden_states_are_saved_without_their_recipe(tmp_path: Path) -> None:
+    model = adapted()
+    fuse(model)
+    hidden = model.model(input_ids=torch.arange(20).view(2, 10)).last_hidden_state
+    torch.save(hidden, tmp_path / "hidden.pt")
+    again = torch.load(tmp_path / "hidden.pt")  # refuses other classes than tensors
+    assert again.equal(hidden)
+    assert recipe_of(again).parts[0] is again
+
+
+def test_a_trace_takes_any_length() -> None:
+    mlp = adapted().float().model.layers[0].mlp
+    fused, x = FusedMLP(mlp), torch.randn(1, 5, 32)
+    for record in (False, True):
+        with torch.set_grad_enabled(record):
+            agree(torch.jit.trace(fused, (torch.randn(1, 3, 32),))(x), mlp(x), 1e-5)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lit_peft import LoRAConfig
 from lit_peft.low_rank.linear import LoRALinear
+from lit_peft.low_rank.residual import ResidualLinear
 from lit_peft.ops import low_rank, residual
 from tests.ops.exact import TOLERANCE, agree, drawn
 
@@ -166,3 +167,34 @@ def test_autocast_gives_gradients_in_the_parameters_dtype() -> None:
     assert layer.lora_a["default"].grad.dtype == torch.float32
     assert x.grad is not None
     assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("start", ["default", "pissa"])
+def test_an_output_can_be_changed_in_place(start: str) -> None:
+    """As OLMo does with its queries, keys and values."""
+    kind = ResidualLinear if start == "pissa" else LoRALinear
+    layer, x = kind(nn.Linear(8, 4), LoRAConfig(r=2, init_lora_weights=start)), torch.randn(2, 3, 8)
+    y = layer(x).clamp_(-0.1, 0.1)
+    wanted = torch.autograd.grad(layer(x).clamp(-0.1, 0.1).sum(), list(layer.lora_b.values()))
+    agree(torch.autograd.grad(y.sum(), list(layer.lora_b.values()))[0], wanted[0], 1e-6)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_shapes_can_be_had_on_meta(dropout: float) -> None:
+    layer = LoRALinear(nn.Linear(8, 4, device="meta"), LoRAConfig(r=2, dropout=dropout))
+    assert layer(torch.empty(3, 8, device="meta")).shape == (3, 4)
+
+
+def test_small_steps_of_a_residual_reach_the_input_in_bfloat16() -> None:
+    """The gradient is that of the differences, not the difference of two gradients a thousand times as large."""
+    a0, b0 = drawn(8, 64, dtype=torch.float32, seed=0), drawn(64, 8, dtype=torch.float32, seed=1)
+    a, b = a0 + 1e-4 * drawn(8, 64, dtype=torch.float32, seed=2), b0 + 1e-4 * drawn(64, 8, dtype=torch.float32, seed=3)
+    found = []
+    for op, dtype, kind in (
+        (residual.reference, torch.float64, torch.float64),
+        (residual.residual_update, torch.bfloat16, torch.float32),
+    ):
+        x = drawn(50, 64, dtype=dtype, seed=4)
+        out = op(torch.zeros(50, 64, dtype=dtype), x, *(part.to(kind) for part in (a, b, a0, b0)), 1.0)
+        found.append(torch.autograd.grad(out.sum(), x)[0])
+    agree(found[1], found[0], 3e-2)

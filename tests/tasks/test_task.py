@@ -37,6 +37,19 @@ def test_loss_is_the_mean_over_trained_tokens(folder: Path) -> None:
     assert float(total / count) == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_a_subclass_may_change_the_logits(folder: Path) -> None:
+    class Cold(compose("lora", "sft")):  # type: ignore[misc]
+        def trained_logits(self, rows: Any) -> Any:
+            logits, targets = super().trained_logits(rows)
+            return logits * 2, targets
+
+    module = Cold(str(folder))
+    module.configure_model()
+    logits, targets = module.trained_logits(batch("sft"))
+    wanted = F.cross_entropy(logits, targets, reduction="sum")
+    assert float(module.training_step(batch("sft"), 0)) == pytest.approx(float(wanted), rel=1e-6)
+
+
 def test_ragged_accumulation_gives_the_gradients_of_one_batch(folder: Path, tmp_path: Path) -> None:
     """Stock averaging is up to 98 % off here: one row has ten times the trained tokens of another."""
     rows = batch("sft", rows=4, length=24)
