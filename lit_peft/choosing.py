@@ -28,13 +28,21 @@ class Choosing(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the base on x (batch, ..., in) and let every set that acts change its output (batch, ..., out)."""
-        y = self.base(x, *args, **kwargs)
         choice = acting(self.scope)
+        if not isinstance(choice, Rows) and len(choice) == 1 and not (args or kwargs) and choice[0] in self.configs:
+            joined = self.joined(choice[0], x)
+            if joined is not None:
+                return joined
+        y = self.base(x, *args, **kwargs)
         if isinstance(choice, Rows):
             return self._routed(choice, x, y)
         for entry in choice:
             y = self.applied(entry, x, y)
         return y
+
+    def joined(self, name: str, x: Tensor) -> Tensor | None:
+        """Return the base's output for x, changed by one set, where both are one function; else None."""
+        return None
 
     def applied(self, entry: Entry, x: Tensor, y: Tensor) -> Tensor:
         """Return what a named set, or a block of several, makes of the base's output y for the input x."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_peft.adapter import innermost
 from lit_peft.low_rank.additive import AdditiveLinear
+from lit_peft.ops.lora_linear import joins, lora_linear
 from lit_peft.ops.low_rank import low_rank_update
 from lit_peft.structure import widths
 
@@ -67,6 +68,15 @@ class AdaLoRALinear(AdditiveLinear):
         p, scale, q = self.adalora_p[name], self.adalora_lambda[name], self.adalora_q[name]
         dropout = config.dropout if self.training else 0.0
         return low_rank_update(y, x, q, p, config.scale, dropout=dropout, diagonal=scale)
+
+    def joined(self, name: str, x: Tensor) -> Tensor | None:
+        """Return x W^T + c + s P (lambda * (Q dropout(x))), where the base is a plain linear layer."""
+        if not joins(self.base, x) or type(self).change is not AdaLoRALinear.change:
+            return None
+        config: AdaLoRAConfig = self.configs[name]
+        p, scale, q = self.adalora_p[name], self.adalora_lambda[name], self.adalora_q[name]
+        dropout = config.dropout if self.training else 0.0
+        return lora_linear(x, self.base, q, p, config.scale, dropout=dropout, diagonal=scale)
 
     def delta(self, name: str) -> Tensor:
         """Return s P diag(lambda) Q, (out, in), in float32."""

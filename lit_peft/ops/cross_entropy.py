@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_peft.ops.recipes import as_written
+from lit_peft.ops.recipes import as_written, autocasting
 
 # logits of one piece: as many as stay cheap to hold, and enough rows for a full matrix product
 PIECE = {"cpu": 2**23, "cuda": 2**28}
@@ -49,7 +49,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, bias: Tenso
     """
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("The output layer is to be trained: take F.cross_entropy of its logits.")
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasting(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     loss: Tensor = _CrossEntropy.apply(x, weight, targets, bias)  # type: ignore[no-untyped-call]
     return loss

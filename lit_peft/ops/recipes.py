@@ -69,3 +69,9 @@ def as_written(x: Tensor) -> AbstractContextManager[Any]:
     """Return a context in which x's device computes in the dtypes that stand there, without autocast."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+def autocasting(x: Tensor) -> bool:
+    """Return whether autocast chooses the dtype of products on x's device."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

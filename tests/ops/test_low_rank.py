@@ -1,15 +1,18 @@
 """Low-rank updates against float64: values, every gradient, dropout, and what they refuse."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lit_peft import LoRAConfig
+from lit_peft import AdaLoRAConfig, LoRAConfig
 from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.low_rank.residual import ResidualLinear
+from lit_peft.low_rank.singular import AdaLoRALinear
 from lit_peft.ops import low_rank, residual
+from lit_peft.ops.lora_linear import lora_linear
 from tests.ops.exact import TOLERANCE, agree, drawn
 
 SIZES = [(5, 7, 3, 1), (1, 33, 65, 7), (17, 64, 31, 16), (0, 9, 9, 8), (70, 96, 80, 64)]  # rows, in, out, r
@@ -169,11 +172,12 @@ def test_autocast_gives_gradients_in_the_parameters_dtype() -> None:
     assert x.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("start", ["default", "pissa"])
+@pytest.mark.parametrize("start", ["default", "trained", "pissa"])
 def test_an_output_can_be_changed_in_place(start: str) -> None:
     """As OLMo does with its queries, keys and values."""
-    kind = ResidualLinear if start == "pissa" else LoRALinear
-    layer, x = kind(nn.Linear(8, 4), LoRAConfig(r=2, init_lora_weights=start)), torch.randn(2, 3, 8)
+    kind, base = ResidualLinear if start == "pissa" else LoRALinear, nn.Linear(8, 4).requires_grad_(start == "trained")
+    start = "default" if start == "trained" else start
+    layer, x = kind(base, LoRAConfig(r=2, init_lora_weights=start)), torch.randn(2, 3, 8)
     y = layer(x).clamp_(-0.1, 0.1)
     wanted = torch.autograd.grad(layer(x).clamp(-0.1, 0.1).sum(), list(layer.lora_b.values()))
     agree(torch.autograd.grad(y.sum(), list(layer.lora_b.values()))[0], wanted[0], 1e-6)
@@ -198,3 +202,62 @@ def test_small_steps_of_a_residual_reach_the_input_in_bfloat16() -> None:
         out = op(torch.zeros(50, 64, dtype=dtype), x, *(part.to(kind) for part in (a, b, a0, b0)), 1.0)
         found.append(torch.autograd.grad(out.sum(), x)[0])
     agree(found[1], found[0], 3e-2)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("size", [size for size in SIZES if size[0]], ids=str)
+def test_joined_with_the_layer(size: tuple[int, int, int, int], dtype: torch.dtype, bias: bool, dropout: float) -> None:
+    """The layer's product and the update in one function, against the two one after the other in float64."""
+    rows, wide, tall, r = size
+    shapes = [(rows, wide), (r, wide), (tall, r), (r,)]
+    inputs = [drawn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    layer = nn.Linear(wide, tall, bias).to(dtype).requires_grad_(False)
+    exact = copy.deepcopy(layer).double()
+    torch.manual_seed(0)
+    kept = low_rank.dropped(torch.ones(rows, wide, dtype=dtype), dropout, low_rank.drawn(dropout)).double()
+
+    def op(x: Tensor, a: Tensor, b: Tensor, diagonal: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return lora_linear(x, layer, a, b, 0.5, dropout=dropout, diagonal=diagonal)
+
+    def plain(x: Tensor, a: Tensor, b: Tensor, diagonal: Tensor) -> Tensor:
+        return low_rank.reference(exact(x), x * kept, a, b, 0.5, diagonal)
+
+    both(op, plain, inputs, TOLERANCE[dtype])
+
+
+def test_a_layer_is_joined_only_where_that_is_the_same() -> None:
+    x = torch.randn(3, 8)
+
+    def layer(**settings: float) -> LoRALinear:
+        made = LoRALinear(nn.Linear(8, 4).requires_grad_(False), LoRAConfig(r=2, **settings))  # type: ignore[arg-type]
+        nn.init.normal_(made.lora_b["default"])
+        return made
+
+    plain = layer()
+    joined = plain.joined("default", x)
+    assert joined is not None
+    agree(joined, plain.change("default", x, plain.base(x)), 1e-6)
+    hooked, trained = layer(), layer()
+    seen: list[Tensor] = []
+    hooked.base.register_forward_hook(lambda module, args, out: seen.append(out))
+    trained.base.requires_grad_()
+    assert hooked.joined("default", x) is None
+    assert trained.joined("default", x) is None
+    assert plain.joined("default", x.bfloat16()) is None
+    hooked(x)
+    assert len(seen) == 1
+    with torch.no_grad():
+        assert plain.joined("default", x) is None
+
+
+def test_a_subclass_with_a_change_of_its_own_is_not_joined() -> None:
+    class Louder(AdaLoRALinear):
+        def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+            return super().change(name, x, y) * 2
+
+    layer, x = Louder(nn.Linear(8, 4).requires_grad_(False), AdaLoRAConfig(init_r=2, target_r=1)), torch.randn(3, 8)
+    nn.init.normal_(layer.adalora_lambda["default"])
+    agree(layer(x), layer.change("default", x, layer.base(x)), 1e-6)
