@@ -96,8 +96,8 @@ class FusedMLP(Fused):
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP's output: (..., width) -> (..., width)."""
         e, g = self.gate_proj(x), self.up_proj(x)
-        alike = e.shape == g.shape and e.dtype == g.dtype
-        if fusing() and (e.requires_grad or g.requires_grad) and alike and _is_silu(self.act_fn):
+        recorded = fusing() and (e.requires_grad or g.requires_grad)
+        if recorded and e.shape == g.shape and e.dtype == g.dtype and _is_silu(self.act_fn):
             product: Tensor = _Product.apply(e, g)  # type: ignore[no-untyped-call]
             return self.down_proj(note(product, e, g, make=silu_product))  # type: ignore[no-any-return]
         return self.down_proj(self.act_fn(e) * g)  # type: ignore[no-any-return]

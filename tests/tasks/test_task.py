@@ -47,7 +47,7 @@ def test_a_subclass_may_change_the_logits(folder: Path) -> None:
     module.configure_model()
     logits, targets = module.trained_logits(batch("sft"))
     wanted = F.cross_entropy(logits, targets, reduction="sum")
-    assert float(module.training_step(batch("sft"), 0)) == pytest.approx(float(wanted), rel=1e-6)
+    assert module.training_step(batch("sft"), 0).item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
 def test_ragged_accumulation_gives_the_gradients_of_one_batch(folder: Path, tmp_path: Path) -> None:
