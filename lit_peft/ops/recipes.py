@@ -55,7 +55,7 @@ def eager() -> bool:
 
     The environment variable LIT_PEFT_KERNELS=0 forces the plain operations, to see whether a result hangs on the ops.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
         return False
     return os.environ.get("LIT_PEFT_KERNELS") != "0"
 
