@@ -18,11 +18,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lit_peft import __version__
+from lit_peft.adapter import scopes_of
 from lit_peft.callbacks.checkpoint_io import write_atomically
 from lit_peft.callbacks.curves import draw
 from lit_peft.callbacks.throughput import Throughput, peak_memory
 from lit_peft.merging import is_mergeable
-from lit_peft.named import scopes_of
 from lit_peft.weights import count
 
 POINTS = 4000  # kept for the curves; a longer run keeps every second, fourth, ... step
