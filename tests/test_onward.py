@@ -3,9 +3,12 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from lit_peft.__main__ import main
 from tests.models import save_tiny
@@ -79,3 +82,27 @@ def test_export_names_no_way_that_is_closed(
     if "after_bos" not in arguments and "prompt" in arguments:
         assert main(["export", "run", "--out", "out"]) == 0
         assert "--to hf" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fused", [{"a": "news/adapter", "b": "law/adapter"}, ["news/adapter", "law/adapter"], None])
+def test_a_run_goes_on_without_the_folders_of_its_adapters(
+    fused: Any, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("data.jsonl").write_text('{"prompt": "say the number in many words", "completion": "it is so"}\n' * 8)
+    for name in ("news", "law"):
+        assert main([*FIT, "--method", "houlsby", "--run_dir", f"run_{name}"]) == 0
+        assert main(["export", f"run_{name}", "--out", f"{name}/adapter", "--to", "lit_peft"]) == 0
+    first = ["--method", "fusion", "--model.fusion.adapters", json.dumps(fused)]
+    if fused is None:
+        houlsby = {"adapter": "news/adapter", "methods": ["lit_peft.methods.houlsby.Houlsby"], "train": False}
+        first = ["--model.named", json.dumps({"a": houlsby}), "--model.active", '[{"average": ["a", "default"]}]']
+        first = ["--method", "houlsby", *first]
+    assert main([*FIT, *first]) == 0
+    for name in ("news", "law"):
+        shutil.rmtree(name)
+    assert main(["chat", "run", "--prompt", "hello", "--max_new_tokens", "2"]) == 0
+    assert main(["validate", "--ckpt_path", "run", "--run_dir", "out"]) == 0, capsys.readouterr().err
+    assert main(["fit", "--ckpt_path", "run", "--run_dir", "run", "--trainer.max_steps", "2"]) == 0
+    stored = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert stored["global_step"] == 2
+    assert (fused is None) == (stored["lit_peft"]["adapters"]["active"] != ["default"])
