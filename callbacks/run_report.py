@@ -18,9 +18,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lit_peft import __version__
+from lit_peft.adapter import scopes_of
 from lit_peft.callbacks.checkpoint_io import write_atomically
 from lit_peft.callbacks.curves import draw
 from lit_peft.callbacks.throughput import Throughput, peak_memory
+from lit_peft.merging import is_mergeable
 from lit_peft.weights import count
 
 POINTS = 4000  # kept for the curves; a longer run keeps every second, fourth, ... step
@@ -168,7 +170,7 @@ class RunReport(Callback):
             columns = list(self._samples[0])
             rows = [[str(sample.get(column, "")) for column in columns] for sample in self._samples]
             parts.append("## Sample answers\n\n" + _table(columns, rows))
-        parts.append(_next(trainer, folder))
+        parts.append(_next(trainer, folder, module))
         text = "\n".join(parts)
         write_atomically(folder / "README.md", lambda file: file.write(text.encode()))
         return folder / "README.md"
@@ -251,7 +253,24 @@ def _data(trainer: Trainer) -> dict[str, str]:
     return facts
 
 
-def _next(trainer: Trainer, folder: Path) -> str:
+def onward(module: LightningModule, run: str) -> dict[str, str]:
+    """Return what can be done with a run: what for -> command.
+
+    Args:
+        module: what was trained.
+        run: its folder, quoted for a shell.
+    """
+    lines = {"look into it": f"lit-peft inspect {run}"}
+    model: Any = getattr(module, "model", None)
+    if hasattr(module, "reply"):
+        whole = any(scope.irreversible for scope in scopes_of(model))
+        lines = {"talk to it": f"lit-peft chat {run}{'' if whole else ' --vs base'}"}
+    if model is not None and is_mergeable(module):
+        lines["fold it into the base"] = f"lit-peft merge {run} --out {run}/merged"
+    return lines
+
+
+def _next(trainer: Trainer, folder: Path, module: LightningModule) -> str:
     program, *arguments = sys.argv
     own = Path(program).name in ("lit-peft", "__main__.py")
     command = shlex.join([*(["lit-peft"] if own else ["python", program]), *arguments])
@@ -260,8 +279,7 @@ def _next(trainer: Trainer, folder: Path) -> str:
     lines = {
         "this run": command,
         "go on with it": f"lit-peft fit --ckpt_path {shlex.quote(str(last))}",
-        "talk to it": f"lit-peft chat {run} --vs base",
-        "fold it into the base": f"lit-peft merge {run} --out {run}/merged",
+        **onward(module, run),
     }
     width = max(map(len, lines.values()))
     listed = "\n".join(f"{line:{min(width, 90)}}  # {why}" for why, line in lines.items())

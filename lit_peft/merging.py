@@ -156,6 +156,15 @@ def check_mergeable(module: LightningModule) -> None:
             )
 
 
+def is_mergeable(module: LightningModule) -> bool:
+    """Whether `write_merged` has a way for every adapter of a module."""
+    try:
+        check_mergeable(module)
+    except TypeError:
+        return False
+    return True
+
+
 def _plain_copy(module: LightningModule) -> nn.Module | None:
     """Return the adapted model on the CPU, unsharded and in eval mode; None on all but the first process."""
     model = module.model

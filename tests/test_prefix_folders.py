@@ -245,7 +245,7 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert close(other(input_ids=text()).logits, module.model(input_ids=text()).logits)
     gated = ours(folder, "prefix", prefix={**SHORT, "gate": 0.5})
     gated.save_adapter(tmp_path / "gated")
-    with pytest.raises(ValueError, match="HF PEFT has no prefix"):
+    with pytest.raises(ValueError, match="HF PEFT has no word for some settings of this PREFIX_TUNING"):
         export.run(str(tmp_path / "gated"), str(tmp_path / "no"), backbone=str(folder))
 
 

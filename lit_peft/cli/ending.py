@@ -12,11 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_peft.callbacks import RunReport
+from lit_peft.callbacks.run_report import onward
 from lit_peft.data.instructions import Instructions
 from lit_peft.data.render import Renderer
+from lit_peft.mixin import PEFT
 from lit_peft.named import disabled
 from lit_peft.tasks import answers
 from lit_peft.tasks.sft import SFT
+from lit_peft.verbs.export import beyond_peft
 
 if TYPE_CHECKING:
     from lit_peft.cli.app import LitPEFTCLI
@@ -137,7 +140,10 @@ def _next_commands(cli: LitPEFTCLI, console: Console) -> None:
     picture = Path(cli.run_dir) / "curves.png"
     console.print(f"\nrun folder  {cli.run_dir}" + (f"\ncurves      {picture}" if picture.exists() else ""))
     console.print("\nnext:")
-    lines = [f"lit-peft chat {run} --vs base"] if isinstance(cli.model, SFT) else [f"lit-peft inspect {run}"]
-    lines += [f"lit-peft merge {run} --out {run}/merged", f"lit-peft export {run} --out {run}/adapter"]
+    module = cli.model
+    lines = list(onward(module, run).values())
+    if isinstance(module, PEFT):
+        own = " --to lit_peft" if beyond_peft(module) else ""
+        lines.append(f"lit-peft export {run} --out {run}/adapter{own}")
     for line in lines:
         console.print(f"  {line}", highlight=False, soft_wrap=True)

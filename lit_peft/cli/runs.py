@@ -146,10 +146,23 @@ def saved_config(checkpoint: str | Path) -> dict[str, Any]:
     content = read_checkpoint(Path(checkpoint))
     note = content["lit_peft"]
     if "config" in note:
-        return dict(note["config"])
+        return _without_folders(dict(note["config"]), content.get("hyper_parameters", {}))
     if "class_path" not in note:
         return {}
     return {"model": {"class_path": note["class_path"], "init_args": dict(content.get("hyper_parameters", {}))}}
+
+
+def _without_folders(config: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that needs no folders of further adapters that are gone: their weights are stored, too."""
+    model = config.get("model") or {}
+    given = model.get("init_args") or {}
+    fused = (given.get("fusion") or {}).get("adapters") or ()
+    folders = [entry.get("adapter") for entry in (given.get("named") or {}).values()]
+    folders += list(fused.values() if isinstance(fused, Mapping) else fused)
+    if all(folder is None or Path(folder).is_dir() for folder in folders):
+        return config
+    resolved = {key: settings[key] for key in ("named", "fusion") if settings.get(key)}
+    return {**config, "model": {**model, "init_args": {**given, **resolved}}}
 
 
 def write_config(folder: str | Path, config: Mapping[str, Any]) -> Path:

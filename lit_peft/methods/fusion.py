@@ -64,6 +64,8 @@ class AdapterFusion(PEFT):
         assert model is not None
         settled = frozenset(adapter_names(model))
         names = self._bring()
+        if not isinstance(self.fusion.adapters, Mapping):  # folders without names, which may be gone next time
+            self.fusion = self.configured(FusionConfig, "fusion", replace(self.fusion, adapters=names))
         sites = fusable(model, names)
         config = replace(self.fusion, adapters=names, hidden_size=geometry(model).hidden)
         join(model, {f"{path}.base": config for path in sites}, lambda base: FusionBottleneck, self.placing)

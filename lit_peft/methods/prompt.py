@@ -131,7 +131,12 @@ class PromptTuning(PEFT):
                 if rows.device.type == "meta":
                     continue
                 if self.prompt.init == "text":
-                    tokenizer: Any = self.tokenizer
+                    tokenizer: Any = getattr(self.beside or self, "tokenizer", None)
+                    if tokenizer is None:
+                        kind = type(self.beside or self).__name__
+                        raise TypeError(
+                            f"prompt.init_text needs a tokenizer, and {kind} has no attribute `tokenizer`. Give it one."
+                        )
                     ids = list(tokenizer(self.prompt.init_text, add_special_tokens=False)["input_ids"])
                     if not ids:
                         raise ValueError(f"prompt.init_text {self.prompt.init_text!r} has no tokens.")
@@ -150,17 +155,20 @@ class PromptTuning(PEFT):
         super().on_fit_start()
         assert self.model is not None
         data: Any = getattr(self.trainer, "datamodule", None)
-        for _, adapter in named_adapters(self.model):
-            if isinstance(adapter, PromptBackbone) and adapter.room is not None and not getattr(data, "packing", False):
-                config = adapter.configs[self.placing]
-                most = adapter.room - (0 if config.template else config.num_virtual_tokens)
-                if getattr(data, "max_length", 0) > most:
-                    longest = max((len(ids) for t in data.tables.values() for ids in t["input_ids"]), default=0)
-                    if longest > most:
-                        raise ValueError(
-                            f"The longest text has {longest} tokens; beside a prompt of {config.num_virtual_tokens} "
-                            f"this model has positions for {most}. Set data.max_length to {most} or less."
-                        )
+        found = [a for _, a in named_adapters(self.model) if isinstance(a, PromptBackbone) and a.room is not None]
+        acting = [adapter.configs[name] for adapter in found for name in adapter.chosen()]
+        taken = sum(config.num_virtual_tokens for config in acting if not config.template)
+        most = min((adapter.room or 0 for adapter in found), default=0) - taken
+        if not acting or getattr(data, "max_length", most + 1) <= most:
+            return
+        tables = (getattr(data, "tables", None) or {}).values()
+        longest = max((len(ids) for table in tables for ids in table["input_ids"]), default=0)
+        if longest > most:
+            beside = f"; beside a prompt of {taken}" if taken else " with its prompt;"
+            raise ValueError(
+                f"The longest text has {longest} tokens{beside} this model has positions for {most}. Set "
+                f"data.max_length to {most} or less."
+            )
 
     # Folders ---------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from lit_peft.adapter import Adapter, innermost
 from lit_peft.methods.prompt_layout import Layout, block, padded_starts, rows_of, text_starts
+from lit_peft.methods.reft import ReFTStack
+from lit_peft.methods.reft_positions import EDIT, Edit, prompt_is, prompts_now
 from lit_peft.sites import geometry
 from lit_peft.template import SLOT
 from lit_peft.virtual_tokens import TOKENS
@@ -150,6 +153,7 @@ class PromptBackbone(Adapter):
             rows_of([(self.rows(name).to(inputs_embeds.dtype), rows) for name, rows in side], place, batch)
             for side, place in zip(sides, (front, behind), strict=True)
         ]
+        said = prompts_now(text, attention_mask) if self._inside(ReFTStack) else None
         if attention_mask is not None:
             attention_mask = layout.mask(attention_mask)
         if given is not None:
@@ -159,7 +163,8 @@ class PromptBackbone(Adapter):
             none = (types.new_zeros(batch, place.length) for place in (front, behind))
             kwargs["token_type_ids"] = layout.numbers(types, *(layout.per_text(part) for part in none))
         embeds = layout.embeds(inputs_embeds, *made)
-        out = self.base(input_ids=None, attention_mask=attention_mask, inputs_embeds=embeds, **kwargs)
+        with self._prompt_of_the_text(layout, said, kwargs.get(EDIT)):
+            out = self.base(input_ids=None, attention_mask=attention_mask, inputs_embeds=embeds, **kwargs)
         if self.keeps_prompt:
             return out
         if isinstance(out, tuple):
@@ -177,6 +182,32 @@ class PromptBackbone(Adapter):
         first = layout.front.length - torch.as_tensor(layout.front.count(), device=whole.device).expand(len(whole), 1)
         rows = torch.arange(len(whole), device=whole.device)
         return torch.cat([whole[rows, first[:, 0]][:, None], text[:, 1:]], 1)
+
+    def _prompt_of_the_text(
+        self, layout: Layout, said: Tensor | None, edit: Edit | None
+    ) -> AbstractContextManager[object]:
+        """Let ReFT, whose edits are at tokens of the text, find them where virtual tokens have moved them.
+
+        Args:
+            layout: where the text's tokens are now.
+            said: (batch, length), which of them are of the prompt; None: nothing inside asks.
+            edit: what ReFT around this has chosen already.
+        """
+
+        def moved(marks: Tensor) -> Tensor:
+            none = (marks.new_zeros(layout.batch, place.length) for place in (layout.front, layout.behind))
+            return layout.numbers(marks, *(layout.per_text(part) for part in none))
+
+        if edit is not None:
+            edit.marks = {name: moved(marks) for name, marks in edit.marks.items()}
+        return nullcontext() if said is None else prompt_is(moved(said.long()))
+
+    def _inside(self, kind: type[Adapter]) -> bool:
+        """Whether an adapter of a kind sits around the same stack of layers, inside of this one."""
+        module = self.base
+        while isinstance(module, Adapter) and not isinstance(module, kind):
+            module = module.base
+        return isinstance(module, kind)
 
     @staticmethod
     def _packed(positions: Tensor | None) -> bool:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lit_peft import hub
+from lit_peft.merging import is_mergeable
 from lit_peft.mixin import PEFT
 from lit_peft.quiet import quiet
 from lit_peft.restore import load
@@ -61,7 +62,8 @@ def run(
         exported = None if to == "lit_peft" else described(module, draft, str(folder))
         obstacle = READERS[to].obstacle(exported) if exported is not None else ""
         if obstacle:
-            raise ValueError(f"{READERS[to].title} cannot load this: {obstacle}. Write the merged model: --to hf.")
+            way = "Write the merged model: --to hf." if is_mergeable(module) else "For lit_peft: --to lit_peft."
+            raise ValueError(f"{READERS[to].title} cannot load this: {obstacle}. {way}")
         tokenizer: Any = getattr(module, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
@@ -81,22 +83,28 @@ def run(
             console.print(f"  {escape(f'{reader.title}: {reader.how(exported)}')}", soft_wrap=True)
     console.print(f"  {escape(f'lit_peft: load({out!r}), or --model.adapter {out}')}", soft_wrap=True)
     if refused:
-        console.print("Not in (the merged model does: --to hf):")
+        console.print(f"Not in{' (the merged model does: --to hf)' * is_mergeable(module)}:")
         for line in refused:
             console.print(f"  {escape(line)}", soft_wrap=True)
 
 
 def _check(module: PEFT, name: str) -> None:
+    if why := beyond_peft(module, name):
+        other = " Or merged: --to hf." if is_mergeable(module) else ""
+        raise ValueError(f"{why}, so it cannot load this. For lit_peft: --to lit_peft.{other}")
+
+
+def beyond_peft(module: PEFT, name: str = "default") -> str:
+    """Return what of an adapter HF PEFT has no folder for; empty where it has one."""
     parts = module.parts_of(name)
-    kinds = [str(part.get(STORED, part["peft_type"])) for part in parts]
-    own = [kind.removeprefix("LIT_").lower() for kind in kinds if kind.startswith("LIT_")]
+    own = [part["peft_type"] for part in parts if part["peft_type"].startswith("LIT_")]
     if own:
-        raise ValueError(
-            f"HF PEFT has no {own[0]}, so it cannot load this. For lit_peft: --to lit_peft; else merged: --to hf."
-        )
+        return f"HF PEFT has no {own[0].removeprefix('LIT_').lower()}"
     if len(parts) > 1:
-        names = " + ".join(part["peft_type"] for part in parts)
-        raise ValueError(f"HF PEFT holds one method in a folder, and this is {names}. Use --to hf.")
+        return f"HF PEFT holds one method in a folder, and this is {' + '.join(part['peft_type'] for part in parts)}"
+    if parts and parts[0].get(STORED, parts[0]["peft_type"]).startswith("LIT_"):
+        return f"HF PEFT has no word for some settings of this {parts[0]['peft_type']}"
+    return ""
 
 
 def described(module: Any, draft: Path, folder: str) -> Exported:

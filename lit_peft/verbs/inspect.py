@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from lit_peft.virtual_tokens import TOKENS
 
 COLUMNS = 7  # norms beside each other that 80 characters hold
 # Adapters' own tensors are named method-first: lora_a, lora_A.weight, bitfit_bias, ...
-_OWN = re.compile(rf"\.(?P<method>{'|'.join(sorted({facts.keyword for facts in FACTS.values()} - {''}))})_\w+")
+_WORDS = "|".join(sorted({facts.keyword for facts in FACTS.values()} - {""}))
+_OWN = re.compile(rf"\.(?:(?P<method>{_WORDS})_\w+|(?P<norm>norm)_(?:weight|bias)\b)")  # norms: of bottleneck methods
 # from a layer's path and rank to the factor in front of its B A
 Scale = Callable[[str, int], float]
-_LAYER = re.compile(r"^(?P<stack>.*?\.\w+)\.(?P<index>\d+)\.(?P<rest>.+)$")
+_LAYER = re.compile(r"^(?P<stack>.*?\.\w+)\.(?P<index>\d+)(?:\.(?P<rest>.+))?$")
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Contents:
     facts: dict[str, str] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     scales: dict[str, Scale] = field(default_factory=dict)
+    names: tuple[str, ...] = ()  # of the sets in a checkpoint; adapter folders hold one set
 
 
 def run(path: str) -> None:
@@ -58,7 +60,7 @@ def run(path: str) -> None:
         _model(console, found)
         return
     contents = _checkpoint(found) if kind == "checkpoint" else _adapter(found)
-    layers = _grouped(contents.tensors)
+    layers = _grouped(contents.tensors, contents.names)
     rest = {key: t for key, t in contents.tensors.items() if key != TOKENS and not _OWN.search(key)}
     contents.facts["weights"] = _size(contents.tensors, layers, rest)
     console.print(f"[bold]{escape(str(found))}[/bold]  {contents.title}")
@@ -99,7 +101,7 @@ def _checkpoint(path: Path) -> Contents:
         "versions": ", ".join(f"{key} {value}" for key, value in versions.items() if value),
     }
     size = f"checkpoint, {path.stat().st_size / 1e6:.1f} MB"
-    return Contents(size, facts, {bare(key): tensor for key, tensor in state.items()}, scales)
+    return Contents(size, facts, {bare(key): tensor for key, tensor in state.items()}, scales, ("default", *named))
 
 
 def _adapter(folder: Path) -> Contents:
@@ -178,7 +180,7 @@ def _shown(settings: Mapping[str, Any]) -> str:
 # Measuring ------------------------------------------------------------------------------------------------------------
 
 
-def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]]:
+def _grouped(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, dict[str, dict[str, Tensor]]]:
     """Return `{method: {module path: {name: tensor}}}`; sets but the first are `method name`."""
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key in sorted(tensors):
@@ -188,9 +190,12 @@ def _grouped(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Ten
             continue
         own = _OWN.search(key)
         if own is not None:
-            name = key[own.end() :].removeprefix(".")  # of the set, in a checkpoint; adapter folders hold one set
-            label = own["method"] if name in ("", "weight", "bias", "default") else f"{own['method']} {name}"
-            leaf = own.group().removeprefix(".").lower() + ("_bias" if name == "bias" else "")
+            pieces = [piece for piece in key[own.end() :].split(".") if piece]
+            name = next((piece for piece in pieces if piece in names and piece != "default"), "")
+            label = f"{own['method'] or own['norm']} {name}".rstrip()
+            inner = [piece for piece in pieces if piece not in names]
+            leaf = own.group().removeprefix(".").lower()
+            leaf += "" if inner == ["weight"] else "_bias" if inner == ["bias"] else "".join(f".{p}" for p in inner)
             found.setdefault(label, {}).setdefault(key[: own.start()], {})[leaf] = tensors[key]
     return found
 
@@ -227,7 +232,7 @@ def _coverage(console: Console, method: str, own: Mapping[str, Mapping[str, Tens
     stacks: dict[str, dict[str, dict[int, float]]] = {}
     for path, norm in _norms(method, own, contents.scales):
         match = _LAYER.match(path)
-        stack, name, index = (match["stack"], match["rest"], int(match["index"])) if match else ("", path, 0)
+        stack, name, index = (match["stack"], match["rest"] or "layer", int(match["index"])) if match else ("", path, 0)
         stacks.setdefault(stack, {}).setdefault(name, {})[index] = norm
     for stack, names in stacks.items():
         depth = 1 + max(index for norms in names.values() for index in norms) if stack else 1

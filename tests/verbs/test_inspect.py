@@ -170,3 +170,27 @@ def test_nothing_there(tmp_path: Path) -> None:
         inspect.run(str(tmp_path / "gone"))
     with pytest.raises(FileNotFoundError, match="holds no checkpoint, adapter or model"):
         inspect.run(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "wanted"),
+    [
+        ("p_tuning", {}, ["prompt: 1 layers", "prompt outside"]),
+        ("loreft", {}, ["reft in model.layers: layer 2/2."]),
+        ("houlsby", {"bottleneck": {"train_norms": True}}, ["norm in model.layers: input_layernorm 2/2, post_att"]),
+        ("unipelt", {}, ["lora in model.layers: q_proj 2/2, v_proj 2/2.", "bottleneck in model.layers: layer 2/2"]),
+    ],
+)
+def test_one_table_for_a_method(  # type: ignore[no-untyped-def]
+    method: str, settings: dict[str, object], wanted: list[str], tmp_path: Path, base: Path, shown
+) -> None:
+    module = built(compose(method, "sft"), base, **settings)
+    checkpoint(module, tmp_path / "best.ckpt")
+    module.save_adapter(tmp_path / "a")
+    for path in (tmp_path / "best.ckpt", tmp_path / "a"):
+        screen = shown(path)
+        for text in wanted:
+            assert text in screen or ("prompt" in text and path.name == "a"), screen
+        assert "trained in place" not in screen
+        assert ".default" not in screen
+        assert " weight" not in screen.partition("weights ")[2]
