@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
 GREY, DARK = "#6b6b6b", "#222222"
@@ -73,6 +74,7 @@ def _text(axes: Any, spot: Spot, accent: str) -> Any:
         ha="left",
         va="bottom",
         zorder=4,
+        path_effects=[withStroke(linewidth=3, foreground="white")],  # a line behind a name does not strike it out
     )
 
 
