@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.arms import Plain, imported
 from benchmarks.bytes_held import peak_of
-from benchmarks.methods import MIB, RESULTS, WARM_UP, Batches, quartiles, surroundings
+from benchmarks.methods import MIB, RESULTS, WARM_UP, Batches, machine, quartiles, surroundings
 from lit_peft.catalogue import METHODS
 from lit_peft.methods.bottleneck import dropped
 from lit_peft.quiet import quiet
@@ -165,15 +165,14 @@ def cells(row: dict[str, Any]) -> list[str]:
 def markdown(report: dict[str, Any]) -> str:
     """Return the report as a page."""
     about = report["about"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if name != "peft")
     lines = [
         "# What AdapterDrop saves",
         "",
         f"    {about['command']}",
         "",
         f"`{report['method']}` on {report['backbone']} ({report['layers']} layers) in {report['dtype']}, "
-        f"{report['rows']} x {report['tokens']} tokens a step; {about['device']}, {about['threads']} threads; "
-        f"Python {about['python']}, {versions}.",
+        f"{report['rows']} x {report['tokens']} tokens a step; "
+        f"{machine(about)}",
         "",
         LEGEND,
         "",

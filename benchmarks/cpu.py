@@ -1,7 +1,7 @@
 """LoRA's step beside the frozen base and HF PEFT on the CPU: `python -m benchmarks.cpu`.
 
 Arms: the frozen base (forward, and backward down to the output of the embeddings: what any adapter has to pay), HF PEFT
-as it comes (adapters in float32), HF PEFT with adapters in the base's dtype, ours, and ours without the fused blocks.
+as it comes (adapters in float32), HF PEFT with adapters in the base's dtype, ours, and ours without the lean blocks.
 They live in one process; in every round each makes one step on the same fresh batch, in an order that is drawn. All
 arms take the model's own loss. Ratios are within rounds.
 
@@ -27,14 +27,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.arms import FLOOR, Arm, floor_of, own_loss
 from benchmarks.bytes_held import bytes_of
-from benchmarks.methods import MIB, RESULTS, Batches, memory, quartiles, surroundings, timed
+from benchmarks.methods import MIB, RESULTS, Batches, machine, memory, quartiles, surroundings, timed
 from lit_peft import LoRAConfig, place
 from lit_peft import backbone as backbones
 from lit_peft.low_rank.linear import LoRALinear
-from lit_peft.ops.blocks import fuse
+from lit_peft.ops.lean import make_lean
 from lit_peft.quiet import quiet
 
-OURS, UNFUSED, PEFT, PEFT_SAME = "lit_peft", "lit_peft, fused=False", "HF PEFT", "HF PEFT, adapters in the base's dtype"
+OURS, NOT_LEAN, PEFT, PEFT_SAME = "lit_peft", "lit_peft, lean=False", "HF PEFT", "HF PEFT, adapters in the base's dtype"
 LAYERS = {"one layer, 576 wide": (576, 1536, 9, 3), "one layer, 2048 wide": (2048, 8192, 32, 8)}
 WORDS = 1024  # a small vocabulary: these cases are about the layer
 R, ALPHA = 8, 16
@@ -64,15 +64,15 @@ def arms(load: Callable[[], nn.Module]) -> dict[str, Arm]:
         held = bytes_of([*base.parameters(), *base.buffers()])
         model: Any = peft.get_peft_model(base, peft.LoraConfig(**config), autocast_adapter_dtype=upcast)  # type: ignore[arg-type]
         found[name] = arm_of(model, held)
-    for name, fused in ((UNFUSED, False), (OURS, True)):
+    for name, lean in ((NOT_LEAN, False), (OURS, True)):
         model = load().requires_grad_(False)
         held = bytes_of([*model.parameters(), *model.buffers()])
         linear = [
             path for path, module in model.named_modules() if path.endswith("_proj") and hasattr(module, "weight")
         ]
         place(model, linear, lambda base: LoRALinear(base, LoRAConfig(r=R, alpha=ALPHA)))
-        if fused:
-            fuse(model)
+        if lean:
+            make_lean(model)
         found[name] = arm_of(model, held)
     return found
 
@@ -117,7 +117,7 @@ def measured(load: Callable[[], nn.Module], draw: Callable[[], Tensor], rounds: 
     return {
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
         "over_floor": {name: ratios(name, FLOOR) for name in found if name != FLOOR},
-        "over_peft": {name: ratios(name, PEFT) for name in (PEFT_SAME, UNFUSED, OURS)},
+        "over_peft": {name: ratios(name, PEFT) for name in (PEFT_SAME, NOT_LEAN, OURS)},
         "bytes": bytes_held,
     }
 
@@ -125,14 +125,12 @@ def measured(load: Callable[[], nn.Module], draw: Callable[[], Tensor], rounds: 
 def markdown(report: dict[str, Any]) -> str:
     """Return the report as a page."""
     about = report["about"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         "# LoRA's step on the CPU",
         "",
         f"    {about['command']}",
         "",
-        f"r {R}, all linear layers, {report['rows']} x {report['tokens']} tokens a step; {about['device']}, "
-        f"{about['threads']} threads; Python {about['python']}, {versions}.",
+        f"r {R}, all linear layers, {report['rows']} x {report['tokens']} tokens a step; {machine(about)}",
         "",
         "*over floor*: median of the ratios to the frozen base in the same round, with quartiles. *over PEFT*: the "
         "same to HF PEFT as it comes; *most* is the worst round. *peak*: the most that a step allocates beyond the "

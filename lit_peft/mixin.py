@@ -20,7 +20,7 @@ from lit_peft.callbacks.adapter_freeze import AdapterFreeze
 from lit_peft.callbacks.base import AdapterCallback
 from lit_peft.module import AdaptableModule
 from lit_peft.named import activate, train_adapters
-from lit_peft.ops.blocks import fuse
+from lit_peft.ops.lean import make_lean
 from lit_peft.quantised.foreign import own_layers
 from lit_peft.selection import keep_selection
 from lit_peft.sets import AdapterSets, holds_task, is_task
@@ -39,7 +39,7 @@ class PEFT(AdapterSets):
     Its arguments are those of `AdapterSets`, and one more.
 
     Args:
-        fused: let gated MLPs and RMS norms keep less for the backward pass; values and checkpoints stay as they are.
+        lean: let gated MLPs and RMS norms keep less for the backward pass; values and checkpoints stay as they are.
     """
 
     config_types: ClassVar[dict[str, type[Any]]] = {}  # settings with other defaults, where a method composes others
@@ -58,10 +58,10 @@ class PEFT(AdapterSets):
                 f"task hides the method's hooks. Methods come first: class {cls.__name__}({', '.join(parts)})."
             )
 
-    def __init__(self, *args: Any, fused: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, lean: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.fused = fused
-        self.save_hyperparameters({"fused": fused})
+        self.lean = lean
+        self.save_hyperparameters({"lean": lean})
         self.strict_loading = False  # checkpoints hold adapters only; `on_load_checkpoint` does the checking
 
     @classmethod
@@ -114,8 +114,8 @@ class PEFT(AdapterSets):
             self.load_adapter(self.adapter)
         self.place_named()
         keep_selection(self.model)
-        if self.fused:
-            fuse(self.model)
+        if self.lean:
+            make_lean(self.model)
         trainer = self._trainer
         callbacks = [cb for cb in getattr(trainer, "callbacks", []) if isinstance(cb, AdapterCallback)]
         if not any(isinstance(cb, AdapterFreeze) for cb in callbacks):

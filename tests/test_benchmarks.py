@@ -147,10 +147,10 @@ def test_peak_and_saved_bytes_of_known_steps() -> None:
 
 
 def test_cpu_cases_are_measured() -> None:
-    """All arms train; the fused one keeps less than HF PEFT."""
+    """All arms train; the lean one keeps less than HF PEFT."""
     ids = torch.arange(24).view(2, 12)
     found = cpu.measured(lambda: cpu.single(32, 64, 4, 2), lambda: ids, rounds=2)
-    assert set(found["seconds"]) == {arms.FLOOR, cpu.PEFT, cpu.PEFT_SAME, cpu.UNFUSED, cpu.OURS}
+    assert set(found["seconds"]) == {arms.FLOOR, cpu.PEFT, cpu.PEFT_SAME, cpu.NOT_LEAN, cpu.OURS}
     assert found["bytes"][cpu.OURS]["saved"] < found["bytes"][cpu.PEFT]["saved"]
     report = {
         "about": methods.surroundings(CPU, "python -m benchmarks.cpu"),

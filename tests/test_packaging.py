@@ -6,6 +6,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -121,3 +122,9 @@ def test_pip_installs_it_with_its_command(form: str, built: Callable[[str, Path]
         [str(tmp_path / "env" / "bin" / "lit-peft"), "methods"], env=lent, cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, "lora" in done.stdout) == (0, True), done.stderr
+
+
+def test_what_the_quickstart_installs_can_convert_its_model() -> None:
+    """`make quickstart` installs the extra `gguf` alone; the tests' own packages bring more, and would hide a lack."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {entry.partition(">")[0] for entry in extras["gguf"]} >= {"gguf", "accelerate"}

@@ -77,9 +77,11 @@ WITH_PYTHON = [page for page, found in BLOCKS.items() if any(block.language == "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder: a tiny chat model, eight conversations, sixteen labelled rows."""
+    """A user's folder: a tiny chat model, eight conversations, sixteen labelled rows, an adapter from earlier."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from lit_peft.zoo import LoRASFT
 
     path = tmp_path_factory.mktemp("user")
     words = ["<|end|>", "<|pad|>", "<|user|>", "<|assistant|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
@@ -104,6 +106,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     labelled = "".join(f"who is {i}?,person\nhow many are {i}?,number\n" for i in range(8))
     (path / "labelled.csv").write_text("text,label\n" + labelled)
+    module = LoRASFT(backbone=str(path / "model"))
+    module.configure_model()
+    module.save_adapter(path / "earlier")
     return path
 
 

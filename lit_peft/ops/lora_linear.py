@@ -13,13 +13,13 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from lit_peft.ops.low_rank import drawn, dropped
-from lit_peft.ops.recipes import Recipe, autocasting, fusing, recipe_of
+from lit_peft.ops.low_rank import drawn, dropped, inner_gradients
+from lit_peft.ops.recipes import Recipe, autocasting, recipe_of, recording
 
 
 def joins(base: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Return whether `lora_linear` may stand for a call of the base: a plain frozen `nn.Linear`, watched by nobody."""
-    if type(base) is not nn.Linear or not fusing() or autocasting(x):
+    if type(base) is not nn.Linear or not recording() or autocasting(x):
         return False
     weight, bias = base.weight, base.bias
     return (
@@ -111,15 +111,8 @@ class _Joined(torch.autograd.Function):
         make, shape, scale, p, seed = ctx.made
         needed = ctx.needs_input_grad
         g = gradient.reshape(-1, gradient.shape[-1])
-        dx = da = db = dl = None
-        if needed[4]:
-            db = ((h if diagonal is None else diagonal[:, None] * h) @ g).mul_(scale).t()
-        if needed[0] or needed[3] or needed[5]:
-            inner = (b.t() @ g.t()).mul_(scale)
-            if needed[5]:
-                dl = (inner * h).sum(1)
-            if diagonal is not None:
-                inner = inner.mul_(diagonal[:, None])
+        inner, db, dl = inner_gradients(g, b, diagonal, h, scale, (needed[0], *needed[3:6]))
+        dx = da = None
         if needed[0]:
             dx = g @ weight
             if p:

@@ -12,6 +12,7 @@ copy, no mask: the mask is drawn again from its seed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,6 +89,32 @@ def dropped(x: Tensor, p: float, seed: int) -> Tensor:
     return mask.div_(1 - p).mul_(x)
 
 
+def inner_gradients(
+    g: Tensor, b: Tensor, diagonal: Tensor | None, h: Tensor, scale: float, needed: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return L P (r, rows), dB (out, r) and dl (r,), as in the formulas above, from the output's gradient.
+
+    Args:
+        g: the gradient (rows, out).
+        b: B (out, r).
+        diagonal: l (r,), or None.
+        h: H (r, rows); may be None where neither dB nor dl is needed.
+        scale: s.
+        needed: which gradients are asked for, of x, A, B and l.
+    """
+    db = dl = None
+    if needed[2]:
+        db = ((h if diagonal is None else diagonal[:, None] * h) @ g).mul_(scale).t()
+    inner = b.new_empty(0)
+    if needed[0] or needed[1] or needed[3]:
+        inner = (b.t() @ g.t()).mul_(scale)
+        if needed[3]:
+            dl = (inner * h).sum(1)
+        if diagonal is not None:
+            inner.mul_(diagonal[:, None])
+    return inner, db, dl
+
+
 class _Update(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -126,16 +153,8 @@ class _Update(torch.autograd.Function):
         make, shape, dtype, scale, p, seed = ctx.made
         needed = ctx.needs_input_grad
         g = gradient.reshape(-1, gradient.shape[-1])
-        dx = da = db = dl = None
-        if needed[3]:
-            inner = h if diagonal is None else diagonal[:, None] * h
-            db = (inner @ g).mul_(scale).t()
-        if needed[1] or needed[2] or needed[4]:
-            inner = (b.t() @ g.t()).mul_(scale)
-            if needed[4]:
-                dl = (inner * h).sum(1)
-            if diagonal is not None:
-                inner = inner.mul_(diagonal[:, None])
+        inner, db, dl = inner_gradients(g, b, diagonal, h, scale, needed[1:5])
+        dx = da = None
         if needed[1]:
             dx = dropped((inner.t() @ a).view(shape), p, seed).to(dtype)
         if needed[2]:

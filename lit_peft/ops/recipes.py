@@ -60,7 +60,7 @@ def eager() -> bool:
     return os.environ.get("LIT_PEFT_KERNELS") != "0"
 
 
-def fusing() -> bool:
+def recording() -> bool:
     """Return whether the ops are to be used and gradients are recorded here."""
     return eager() and torch.is_grad_enabled()
 

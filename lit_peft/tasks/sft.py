@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 
-from lit_peft.ops.blocks import FusedHead, scored
 from lit_peft.ops.cross_entropy import linear_cross_entropy, token_scores
+from lit_peft.ops.lean import LeanHead, scored
 from lit_peft.tasks import answers
 from lit_peft.tasks.task import Task
 
@@ -51,7 +51,7 @@ class SFT(Task):
         """HF PEFT's name for this task."""
         return "SEQ_2_SEQ_LM" if self.encoder_decoder else "CAUSAL_LM"
 
-    def scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, FusedHead | None]:
+    def scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, LeanHead | None]:
         """Return what stands for the n trained tokens of a batch, and their targets (n,).
 
         That is logits (n, vocabulary) and None, or hidden states (n, width) and the output layer they belong to. A
@@ -62,7 +62,7 @@ class SFT(Task):
             return (*self.trained_logits(batch), None)
         return self._scored(batch)
 
-    def _scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, FusedHead | None]:
+    def _scored(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, LeanHead | None]:
         assert self.model is not None
         model, labels = self.model, batch["labels"]
         inputs: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lit_peft import LoRAConfig, place
 from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.ops import low_rank
-from lit_peft.ops.blocks import fuse
+from lit_peft.ops.lean import make_lean
 
 TOKENS, R = 4096, 16
 SHAPES = {"1B": (2048, 8192, 32, 8), "8B": (4096, 14336, 32, 8)}  # width, inner width, heads, shared heads
@@ -67,7 +67,7 @@ def kept(arm: str, size: str, layers: int, dropout: float) -> int:
             lambda path, _: path.endswith("_proj"),
             lambda base: LoRALinear(base, LoRAConfig(r=R, dropout=dropout)),
         )
-        fuse(model)
+        make_lean(model)
     model.train()
     with FakeTensorMode():
         for module in model.modules():

@@ -4,8 +4,8 @@
     norm:  n = w x rho,  rho = 1 / sqrt(mean(x^2) + eps)                keeps x and rho, and n is made again
     head:  the loss is computed from the hidden states, see `cross_entropy`
 
-`fuse` puts these in the place of a model's own modules, after all methods have placed. The children, their names and
-so all checkpoints stay as they are, and `unfuse` brings the model's own modules back.
+`make_lean` puts these in the place of a model's own modules, after all methods have placed. The children, their names
+and so all checkpoints stay as they are, and `make_plain` brings the model's own modules back.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lit_peft.ops.recipes import eager, fusing, note
+from lit_peft.ops.recipes import eager, note, recording
 
 
 class _Product(torch.autograd.Function):
@@ -69,8 +69,8 @@ def normalised(x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
     return weight * (x.float() * rho).to(x.dtype)
 
 
-class Fused(nn.Module):
-    """Stands for one of a model's own modules, with the very same children and parameters; see `fuse`."""
+class Lean(nn.Module):
+    """Stands for one of a model's own modules, with the very same children and parameters; see `make_lean`."""
 
     def __init__(self, plain: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -90,25 +90,25 @@ class Fused(nn.Module):
             return getattr(self.__dict__["plain"], name)
 
 
-class FusedMLP(Fused):
+class LeanMLP(Lean):
     """down(silu(gate(x)) up(x))."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP's output: (..., width) -> (..., width)."""
         e, g = self.gate_proj(x), self.up_proj(x)
-        recorded = fusing() and (e.requires_grad or g.requires_grad)
+        recorded = recording() and (e.requires_grad or g.requires_grad)
         if recorded and e.shape == g.shape and e.dtype == g.dtype and _is_silu(self.act_fn):
             product: Tensor = _Product.apply(e, g)  # type: ignore[no-untyped-call]
             return self.down_proj(note(product, e, g, make=silu_product))  # type: ignore[no-any-return]
         return self.down_proj(self.act_fn(e) * g)  # type: ignore[no-any-return]
 
 
-class FusedNorm(Fused):
+class LeanNorm(Lean):
     """w x / sqrt(mean(x^2) + eps)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x: (..., width) -> (..., width)."""
-        if fusing() and x.requires_grad and not self.weight.requires_grad:
+        if recording() and x.requires_grad and not self.weight.requires_grad:
             with torch.no_grad():
                 rho = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
             y: Tensor = _Norm.apply(x, self.weight, rho)  # type: ignore[no-untyped-call]
@@ -116,14 +116,14 @@ class FusedNorm(Fused):
         return _rms_norm(self, x)
 
 
-class FusedHead(Fused, nn.Linear):
+class LeanHead(Lean, nn.Linear):
     """An output layer that hands its input over to a loss which is computed with the layer's weight in one go.
 
     Inside of `with head.opened():` it returns its input as it is, and notes it; everywhere else, its logits.
     """
 
     def __init__(self, plain: nn.Linear) -> None:
-        Fused.__init__(self, plain)
+        Lean.__init__(self, plain)
         self.opened_by = 0  # a thread: others may use the model meanwhile
         self.given: Tensor | None = None
         self.mark: Tensor | int = 0
@@ -153,11 +153,11 @@ class FusedHead(Fused, nn.Linear):
         return output.equal(self.mark) if isinstance(self.mark, Tensor) else output._version == self.mark
 
 
-def head_of(model: nn.Module) -> FusedHead | None:
+def head_of(model: nn.Module) -> LeanHead | None:
     """Return the frozen output layer whose loss can be taken in one go, if the model has one."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    if not isinstance(head, FusedHead) or head.refused or not eager():
+    if not isinstance(head, LeanHead) or head.refused or not eager():
         return None
     if _hooked(head) or model._forward_hooks:  # which are to see logits
         return None
@@ -166,7 +166,7 @@ def head_of(model: nn.Module) -> FusedHead | None:
     return head if plain else None
 
 
-def scored(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, FusedHead | None]:
+def scored(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, LeanHead | None]:
     """Call a model for its loss: return its logits and None, or its last hidden states and the layer they belong to.
 
     The layer is there when it is frozen, and the model's `logits` are what the layer returned, without a cap or scale.
@@ -216,11 +216,11 @@ def _says(code: CodeType) -> tuple[Any, ...]:
     return code.co_code, code.co_names, code.co_consts[1:], code.co_argcount
 
 
-def fuse(model: nn.Module) -> int:
+def make_lean(model: nn.Module) -> int:
     """Let a model's gated MLPs, RMS norms and output layer keep less for the backward pass; values stay what they are.
 
     Only modules whose own `forward` says exactly what is written above are replaced, told by their code; those with
-    hooks, and MLPs with another activation than SiLU, are left alone. `unfuse` undoes it.
+    hooks, and MLPs with another activation than SiLU, are left alone. `make_plain` undoes it.
 
     Returns:
         How many modules work in this way now.
@@ -228,7 +228,7 @@ def fuse(model: nn.Module) -> int:
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> shape = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, vocab_size=8)
-        >>> fuse(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **shape)))
+        >>> make_lean(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **shape)))
         8
     """
     find = getattr(model, "get_output_embeddings", None)
@@ -240,13 +240,13 @@ def fuse(model: nn.Module) -> int:
             if module not in made:
                 made[module] = kind(module)
             _put(model, path, made[module])
-    return sum(isinstance(module, Fused) for module in model.modules())
+    return sum(isinstance(module, Lean) for module in model.modules())
 
 
-def unfuse(model: nn.Module) -> None:
-    """Bring back the model's own modules; the inverse of `fuse`."""
+def make_plain(model: nn.Module) -> None:
+    """Bring back the model's own modules; the inverse of `make_lean`."""
     for path, module in list(model.named_modules(remove_duplicate=False)):
-        if path and isinstance(module, Fused):
+        if path and isinstance(module, Lean):
             own = ("plain", "opened_by", "given", "mark", "refused", "known")
             module.plain.__dict__.update({key: value for key, value in module.__dict__.items() if key not in own})
             _put(model, path, module.plain)
@@ -267,13 +267,13 @@ def _is_silu(act: Any) -> bool:
     return type(act).__name__ in ("SiLU", "SiLUActivation") and not _hooked(act)
 
 
-def _kind(module: nn.Module, head: nn.Module | None) -> type[Fused] | None:
+def _kind(module: nn.Module, head: nn.Module | None) -> type[Lean] | None:
     code = getattr(type(module).forward, "__code__", None)
     if type(module) is nn.Linear and module is head and not _hooked(module):
-        return FusedHead
+        return LeanHead
     if code is None or _hooked(module):
         return None
     if _says(code) == _says(_rms_norm.__code__):
-        return FusedNorm
+        return LeanNorm
     silu = _is_silu(getattr(module, "act_fn", None))
-    return FusedMLP if silu and _says(code) == _says(_gated_mlp.__code__) else None
+    return LeanMLP if silu and _says(code) == _says(_gated_mlp.__code__) else None

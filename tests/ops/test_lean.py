@@ -14,7 +14,7 @@ from transformers import BartConfig, BartForConditionalGeneration
 from lit_peft import LoRAConfig, place
 from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.ops import low_rank
-from lit_peft.ops.blocks import Fused, FusedMLP, FusedNorm, fuse, scored, unfuse
+from lit_peft.ops.lean import Lean, LeanMLP, LeanNorm, make_lean, make_plain, scored
 from lit_peft.ops.recipes import note, recipe_of
 from tests.ops.exact import adapted, agree, drawn, gradients, llama
 
@@ -32,24 +32,24 @@ def kept() -> Iterator[list[Tensor]]:
         yield found
 
 
-def test_fused_modules_give_the_same() -> None:
-    plain, fused, ids = adapted(), adapted(), torch.arange(20).view(2, 10)
-    assert fuse(fused) == 2 + 5 + 1
+def test_lean_modules_give_the_same() -> None:
+    plain, lean, ids = adapted(), adapted(), torch.arange(20).view(2, 10)
+    assert make_lean(lean) == 2 + 5 + 1
     wanted, wanted_gradients = gradients(plain, ids)
-    got, got_gradients = gradients(fused, ids)
+    got, got_gradients = gradients(lean, ids)
     agree(got, wanted, 1e-14)
     for one, other in zip(got_gradients, wanted_gradients, strict=True):
         agree(one, other, 1e-6)  # the plain norm works in float32
 
 
-def test_fused_norm_is_exact() -> None:
+def test_lean_norm_is_exact() -> None:
     """Against the formula in float64, which the model's own norm only reaches to float32."""
     norm = llama().model.norm
-    fused = FusedNorm(norm)
+    lean = LeanNorm(norm)
     x = drawn(3, 32, dtype=torch.float32, seed=0)
     y = x.detach().double().requires_grad_()
     wanted = norm.weight * y / (y.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
-    got = fused.float()(x)
+    got = lean.float()(x)
     agree(got, wanted, 1e-6)
     got.sin().sum().backward()
     wanted.sin().sum().backward()
@@ -59,29 +59,29 @@ def test_fused_norm_is_exact() -> None:
 def test_names_and_weights_stay() -> None:
     model = adapted()
     names, own = list(model.state_dict()), dict(model.named_modules())
-    fuse(model)
+    make_lean(model)
     assert list(model.state_dict()) == names
-    assert isinstance(model.model.layers[0].mlp, FusedMLP)
-    unfuse(model)
+    assert isinstance(model.model.layers[0].mlp, LeanMLP)
+    make_plain(model)
     assert dict(model.named_modules()) == own
-    assert not any(isinstance(module, Fused) for module in model.modules())
+    assert not any(isinstance(module, Lean) for module in model.modules())
 
 
 def test_a_child_put_in_later_is_seen_by_both() -> None:
     model = llama()
-    fuse(model)
+    make_lean(model)
     place(model, ["model.layers.0.mlp.up_proj"], lambda base: LoRALinear(base, LoRAConfig(r=2)))
-    unfuse(model)
+    make_plain(model)
     assert isinstance(model.model.layers[0].mlp.up_proj, LoRALinear)
 
 
 def test_what_is_kept() -> None:
     """Neither the activation, nor the product, nor the norms' outputs: 2 f + 2 d less a token and layer."""
-    plain, fused, ids = adapted().float(), adapted().float(), torch.arange(20).view(2, 10)
-    fuse(fused)
-    weights = {p.untyped_storage().data_ptr() for m in (plain, fused) for p in [*m.parameters(), *m.buffers()]}
+    plain, lean, ids = adapted().float(), adapted().float(), torch.arange(20).view(2, 10)
+    make_lean(lean)
+    weights = {p.untyped_storage().data_ptr() for m in (plain, lean) for p in [*m.parameters(), *m.buffers()]}
     sizes = []
-    for model in (plain, fused):
+    for model in (plain, lean):
         with kept() as found:
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
@@ -95,9 +95,9 @@ def test_what_is_kept() -> None:
 def test_other_modules_are_left_alone() -> None:
     hooked = llama()
     hooked.model.layers[0].mlp.register_forward_hook(lambda module, args, out: out)
-    assert fuse(hooked) == 1 + 5 + 1
-    assert fuse(llama(hidden_act="gelu")) == 5 + 1
-    assert fuse(fused := llama()) == fuse(fused) == 8
+    assert make_lean(hooked) == 1 + 5 + 1
+    assert make_lean(llama(hidden_act="gelu")) == 5 + 1
+    assert make_lean(lean := llama()) == make_lean(lean) == 8
 
 
 def test_checkpointing_and_dropout_give_the_same() -> None:
@@ -105,7 +105,7 @@ def test_checkpointing_and_dropout_give_the_same() -> None:
     results = []
     for checkpointing in (False, True):
         model = adapted(LoRAConfig(r=2, dropout=0.3))
-        fuse(model)
+        make_lean(model)
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -118,7 +118,7 @@ def test_checkpointing_and_dropout_give_the_same() -> None:
 
 def test_compiled_gives_the_same() -> None:
     model, ids = adapted(), torch.arange(20).view(2, 10)
-    fuse(model)
+    make_lean(model)
     wanted, wanted_gradients = gradients(model, ids)
     got, got_gradients = gradients(torch.compile(model, backend="aot_eager"), ids)  # type: ignore[arg-type]
     agree(got, wanted, 1e-6)
@@ -128,7 +128,7 @@ def test_compiled_gives_the_same() -> None:
 
 def test_plain_operations_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = adapted(), torch.arange(20).view(2, 10)
-    fuse(model)
+    make_lean(model)
     wanted, wanted_gradients = gradients(model, ids)
     monkeypatch.setenv("LIT_PEFT_KERNELS", "0")
     monkeypatch.delattr(low_rank, "_Update")  # would be missed
@@ -149,7 +149,7 @@ def test_a_recipe_is_void_when_its_tensor_is_changed() -> None:
 def test_the_head_hands_over_its_input_only_where_asked() -> None:
     model, ids = adapted(), torch.arange(20).view(2, 10)
     plain = model(input_ids=ids).logits
-    fuse(model)
+    make_lean(model)
     assert model(input_ids=ids).logits.equal(plain)
     hidden, head = scored(model, {"input_ids": ids})
     assert head is model.lm_head
@@ -166,7 +166,7 @@ def test_a_model_that_changes_its_logits_keeps_them() -> None:
     model.requires_grad_(False)
     ids = torch.arange(20).view(2, 10)
     wanted = model(input_ids=ids).logits
-    assert fuse(model) == 1
+    assert make_lean(model) == 1
     for _ in range(2):
         got, head = scored(model, {"input_ids": ids})
         assert head is None
@@ -181,7 +181,7 @@ def test_a_model_that_adds_to_its_logits_keeps_them() -> None:
     model = BartForConditionalGeneration(BartConfig(vocab_size=64, **shape, **heads)).eval().requires_grad_(False)
     ids = torch.arange(20).view(2, 10)
     wanted = model(input_ids=ids).logits
-    assert fuse(model) == 1
+    assert make_lean(model) == 1
     got, head = scored(model, {"input_ids": ids})
     assert head is None
     assert got.equal(wanted)
@@ -197,7 +197,7 @@ def test_a_trained_or_adapted_head_gives_logits() -> None:
         lambda model: setattr(model, "lm_head", torch.compile(model.lm_head, backend="eager")),
     ):
         model = llama()
-        fuse(model)
+        make_lean(model)
         change(model)
         out, head = scored(model, {"input_ids": ids})
         assert head is None
@@ -209,18 +209,18 @@ def test_an_activation_that_is_exchanged_or_hooked_later_acts() -> None:
         lambda mlp: setattr(mlp, "act_fn", torch.nn.GELU()),
         lambda mlp: mlp.act_fn.register_forward_hook(lambda module, args, out: out * 2),
     ):
-        plain, fused, ids = adapted(), adapted(), torch.arange(20).view(2, 10)
-        fuse(fused)
-        for model in (plain, fused):
+        plain, lean, ids = adapted(), adapted(), torch.arange(20).view(2, 10)
+        make_lean(lean)
+        for model in (plain, lean):
             change(model.model.layers[0].mlp)
-        agree(fused(input_ids=ids).logits, plain(input_ids=ids).logits, 1e-6)
+        agree(lean(input_ids=ids).logits, plain(input_ids=ids).logits, 1e-6)
 
 
 def test_hooks_and_attributes_outlive_both_changes() -> None:
     model, ids, seen = adapted(tie_word_embeddings=True), torch.arange(20).view(2, 10), []
     norm = model.model.norm
     norm.register_state_dict_post_hook(lambda *_: seen.append("state"))
-    fuse(model)
+    make_lean(model)
     norm.register_forward_hook(lambda *_: seen.append("before"))
     model.model.norm.register_forward_hook(lambda *_: seen.append("after"))
     model.model.layers[0].mlp.up_proj.eval()
@@ -228,7 +228,7 @@ def test_hooks_and_attributes_outlive_both_changes() -> None:
     model.state_dict()
     model(input_ids=ids)
     assert seen == ["state", "before", "after"]
-    unfuse(model)
+    make_plain(model)
     model(input_ids=ids)
     assert seen[3:] == ["before", "after"]
     assert not model.model.layers[0].mlp.up_proj.training
@@ -257,7 +257,7 @@ def test_logits_changed_in_place_are_kept(column: int, inference: bool) -> None:
     model, ids = adapted(), torch.arange(20).view(2, 10)
     with torch.inference_mode(inference):
         wanted = Changing(model, column)(input_ids=ids).logits
-        fuse(model)
+        make_lean(model)
         got, head = scored(Changing(model, column), {"input_ids": ids})
     assert head is None
     assert got.equal(wanted)
@@ -266,7 +266,7 @@ def test_logits_changed_in_place_are_kept(column: int, inference: bool) -> None:
 @pytest.mark.parametrize("place_of_hook", ["", "lm_head"])
 def test_hooks_see_logits(place_of_hook: str) -> None:
     model, seen = adapted(), []
-    fuse(model)
+    make_lean(model)
     hooked = model.get_submodule(place_of_hook)
     hooked.register_forward_hook(lambda module, args, out: seen.append(getattr(out, "logits", out).shape[-1]))
     scored(model, {"input_ids": torch.arange(20).view(2, 10)})
@@ -275,7 +275,7 @@ def test_hooks_see_logits(place_of_hook: str) -> None:
 
 def test_another_thread_gets_logits() -> None:
     model, ids, found = adapted(), torch.arange(20).view(2, 10), []
-    fuse(model)
+    make_lean(model)
     with model.lm_head.opened():
         thread = Thread(target=lambda: found.append(model(input_ids=ids).logits.shape[-1]))
         thread.start()
@@ -292,7 +292,7 @@ def test_a_recipe_is_void_when_its_part_is_changed() -> None:
 
 def test_hidden_states_are_saved_without_their_recipe(tmp_path: Path) -> None:
     model = adapted()
-    fuse(model)
+    make_lean(model)
     hidden = model.model(input_ids=torch.arange(20).view(2, 10)).last_hidden_state
     torch.save(hidden, tmp_path / "hidden.pt")
     again = torch.load(tmp_path / "hidden.pt")  # refuses other classes than tensors
@@ -302,7 +302,7 @@ def test_hidden_states_are_saved_without_their_recipe(tmp_path: Path) -> None:
 
 def test_a_trace_takes_any_length() -> None:
     mlp = adapted().float().model.layers[0].mlp
-    fused, x = FusedMLP(mlp), torch.randn(1, 5, 32)
+    lean, x = LeanMLP(mlp), torch.randn(1, 5, 32)
     for record in (False, True):
         with torch.set_grad_enabled(record):
-            agree(torch.jit.trace(fused, (torch.randn(1, 3, 32),))(x), mlp(x), 1e-5)
+            agree(torch.jit.trace(lean, (torch.randn(1, 3, 32),))(x), mlp(x), 1e-5)
