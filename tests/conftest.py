@@ -9,6 +9,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # then Triton's kernels run in its interpreter; before it is first imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # the models are so small that handing work to a second thread costs more than the work
 torch.set_num_threads(1)
 

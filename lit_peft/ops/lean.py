@@ -1,7 +1,7 @@
 """The gated MLP of Llama and its kin, RMS normalisation, and the output layer, keeping less for the backward pass.
 
     MLP:   e = x We^T,  g = x Wg^T,  h = act(e) g,  y = h Wd^T          keeps e and g, not act(e), and h is made again
-    norm:  n = w x rho,  rho = 1 / sqrt(mean(x^2) + eps)                keeps x and rho, and n is made again
+    norm:  w x / sqrt(mean(x^2) + eps), see `norm`                      keeps x and a number a row, and is made again
     head:  the loss is computed from the hidden states, see `cross_entropy`
 
 `make_lean` puts these in the place of a model's own modules, after all methods have placed. The children, their names
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_peft.ops.norm import rms_norm
 from lit_peft.ops.recipes import eager, note, recording
 
 
@@ -43,30 +44,6 @@ class _Product(torch.autograd.Function):
 def silu_product(e: Tensor, g: Tensor) -> Tensor:
     """Return silu(e) g, of e and g of one shape."""
     return F.silu(e).mul_(g)
-
-
-class _Norm(torch.autograd.Function):
-    """w (x rho), keeping x and rho; the mean is taken in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, rho)
-        return normalised(x, weight, rho)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rho = ctx.saved_tensors
-        inner = (gradient * weight).float()
-        # d(x rho)/dx = rho (1 - x rho (x rho)^T / width)
-        unit = x.float() * rho
-        dx = inner.sub_(unit.mul_((inner * unit).mean(-1, keepdim=True))).mul_(rho)
-        return dx.to(x.dtype), None, None
-
-
-def normalised(x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
-    """Return w (x rho) in x's dtype: x (..., width), w (width,), rho (..., 1) in float32."""
-    return weight * (x.float() * rho).to(x.dtype)
 
 
 class Lean(nn.Module):
@@ -109,10 +86,7 @@ class LeanNorm(Lean):
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalised x: (..., width) -> (..., width)."""
         if recording() and x.requires_grad and not self.weight.requires_grad:
-            with torch.no_grad():
-                rho = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-            y: Tensor = _Norm.apply(x, self.weight, rho)  # type: ignore[no-untyped-call]
-            return note(y, x, self.weight, rho, make=normalised)
+            return rms_norm(x, self.weight, self.variance_epsilon)
         return _rms_norm(self, x)
 
 

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers: the fast paths of the ops in `lit_peft.ops`, which hold the formulas."""

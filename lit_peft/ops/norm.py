@@ -1,0 +1,103 @@
+"""RMS normalisation with a frozen weight, which keeps less for the backward pass.
+
+    y = w u,   u = x rho,   rho = 1 / sqrt(mean(x^2) + eps)        dx = rho (g w - u mean(g w u))
+
+with g the gradient of y, and means over the last dimension. Kept: x and rho. The mean is taken in float32; u is rounded
+to x's dtype before it is multiplied by w, as the models' own code does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_peft.ops.choice import takes_kernel
+from lit_peft.ops.recipes import note
+
+
+def reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return y with plain operations: x (..., width), w (width,)."""
+    rho = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    return normalised(x, weight, rho)
+
+
+def normalised(x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
+    """Return w (x rho) in x's dtype: x (..., width), w (width,), rho (..., 1) in float32."""
+    return weight * (x.float() * rho).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, kernels: bool | None = None) -> Tensor:
+    """Return y, with a note of how it is made again for what would keep it.
+
+    Args:
+        x: (..., width).
+        weight: w (width,), frozen.
+        eps: added to the mean square.
+        kernels: whether to launch the kernel; None: as measured.
+
+    Returns:
+        (..., width) in x's dtype. A second derivative is not there: asking for one raises.
+
+    Example:
+        >>> import torch
+        >>> rms_norm(torch.tensor([[3.0, -3.0]]), torch.ones(2), 0.0).tolist()
+        [[1.0, -1.0]]
+    """
+    launch = weight.dtype == x.dtype and takes_kernel("norm", x, kernels, rows=x.numel() // x.shape[-1])
+    if launch:
+        with torch.no_grad():
+            y, rho = _norm(x.detach(), weight, eps)
+    else:
+        with torch.no_grad():
+            rho = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+            y = normalised(x, weight, rho)
+    out: Tensor = _Norm.apply(x, weight, rho, y, launch)  # type: ignore[no-untyped-call]
+    return note(out, x, weight, rho, make=normalised)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rho: Tensor, y: Tensor, launch: bool) -> Tensor:
+        ctx.save_for_backward(x, weight, rho)
+        ctx.launch = launch
+        return y.view_as(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rho = ctx.saved_tensors
+        if ctx.launch:
+            return _norm_backward(gradient, x, weight, rho), None, None, None, None
+        inner = (gradient * weight).float()
+        unit = x.float() * rho
+        dx = inner.sub_(unit.mul_((inner * unit).mean(-1, keepdim=True))).mul_(rho)
+        return dx.to(x.dtype), None, None, None, None
+
+
+# As registered operations the launches have shapes without data: fake tensors, the memory count and compilers see them.
+@torch.library.custom_op("lit_peft::norm", mutates_args=())
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from lit_peft.kernels.norm import norm
+
+    y, rho = norm(x.reshape(-1, x.shape[-1]).contiguous(), weight, eps)
+    return y.view(x.shape), rho.view(*x.shape[:-1], 1)
+
+
+@_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("lit_peft::norm_backward", mutates_args=())
+def _norm_backward(g: Tensor, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
+    from lit_peft.kernels.norm import norm_backward
+
+    g_rows, x_rows = (tensor.reshape(-1, x.shape[-1]).contiguous() for tensor in (g, x))
+    return norm_backward(g_rows, x_rows, weight, rho.reshape(-1)).view(x.shape)
+
+
+@_norm_backward.register_fake
+def _(g: Tensor, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
