@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from lit_peft.adapter import innermost
 from lit_peft.low_rank.linear import LoRALinear
-from lit_peft.ops.residual import residual_update
+from lit_peft.ops.lora_linear import joins
+from lit_peft.ops.residual import residual_linear, residual_update
 from lit_peft.structure import is_linear, widths
 from lit_peft.weights import dense
 
@@ -118,9 +119,19 @@ class ResidualLinear(LoRALinear):
     def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s (B A - B0 A0) dropout(x): (..., in), (..., out) -> (..., out)."""
         config: LoRAConfig = self.configs[name]
-        a, b, a0, b0 = (part[name] for part in (self.lora_a, self.lora_b, self.lora_a0, self.lora_b0))
         dropout = config.dropout if self.training else 0.0
-        return residual_update(y, x, a, b, a0, b0, config.scale, dropout=dropout)
+        return residual_update(y, x, *self._parts(name), config.scale, dropout=dropout)
+
+    def joined(self, name: str, x: Tensor) -> Tensor | None:
+        """Return x W^T + c + s (B A - B0 A0) dropout(x), where the base is a plain linear layer."""
+        if not joins(self.base, x) or type(self).change is not ResidualLinear.change:
+            return None
+        config: LoRAConfig = self.configs[name]
+        dropout = config.dropout if self.training else 0.0
+        return residual_linear(x, self.base, *self._parts(name), config.scale, dropout=dropout)
+
+    def _parts(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.lora_a[name], self.lora_b[name], self.lora_a0[name], self.lora_b0[name]
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return the set as plain LoRA of twice the rank, under HF PEFT's names."""

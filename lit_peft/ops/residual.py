@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_peft.ops.low_rank import drawn, dropped, low_rank_update
@@ -56,23 +56,73 @@ def residual_update(
     """
     if not eager():
         return reference(y, F.dropout(x, dropout) if dropout else x, a, b, a0, b0, scale)
+    return _applied(y, x, (None, None), a, b, a0, b0, scale, dropout)
+
+
+def residual_linear(
+    x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, scale: float, *, dropout: float = 0.0
+) -> Tensor:
+    """Return x W^T + c + s (B A - B0 A0) dropout(x), added up in the layer's own product.
+
+    Args:
+        x: the input (..., in).
+        base: the layer, for which `lora_linear.joins` holds: W (out, in) and c (out,) or none, frozen, in x's dtype.
+        a: as for `residual_update`, and so are the others.
+        b: B (out, r).
+        a0: A0 (r, in).
+        b0: B0 (out, r).
+        scale: s.
+        dropout: the probability with which an entry of x is left out of the update.
+
+    Returns:
+        (..., out). A second derivative is not there: asking for one raises.
+
+    Example:
+        >>> import torch
+        >>> x, base = torch.ones(2, 4), torch.nn.Linear(4, 3).requires_grad_(False)
+        >>> a, b = torch.ones(1, 4), torch.ones(3, 1)
+        >>> bool(residual_linear(x, base, a, b, a, b, scale=1.0).equal(base(x)))
+        True
+    """
+    return _applied(None, x, (base.weight, base.bias), a, b, a0, b0, scale, dropout)
+
+
+def _applied(
+    y: Tensor | None,
+    x: Tensor,
+    layer: tuple[Tensor | None, Tensor | None],
+    a: Tensor,
+    b: Tensor,
+    a0: Tensor,
+    b0: Tensor,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    dtype = x.dtype if y is None else y.dtype
     # the differences are taken before rounding: in half precision a small step would be lost in them
-    steps = (b.detach() - b0).to(y.dtype), (a.detach() - a0).to(y.dtype)
-    a, b, a0, b0 = (part.to(y.dtype) for part in (a, b, a0, b0))
-    if not (torch.is_grad_enabled() or dropout):  # as the plain LoRA that is saved: equal to the last bit
+    steps = (b.detach() - b0).to(dtype), (a.detach() - a0).to(dtype)
+    a, b, a0, b0 = (part.to(dtype) for part in (a, b, a0, b0))
+    if y is not None and not (
+        torch.is_grad_enabled() or dropout
+    ):  # as the plain LoRA that is saved: equal to the last bit
         return low_rank_update(y, x, torch.cat([a, steps[1]]), torch.cat([steps[0], b0], dim=1), scale)
-    out: Tensor = _Residual.apply(y, x, a, b, a0, b0, *steps, scale, dropout, drawn(dropout), recipe_of(x))  # type: ignore[no-untyped-call]
+    settings = scale, dropout, drawn(dropout), recipe_of(x)
+    out: Tensor = _Residual.apply(y, x, a, b, *layer, a0, b0, *steps, *settings)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Residual(torch.autograd.Function):
+    """On top of a given y; or with a layer's weight and bias, whose product y is."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        y: Tensor,
+        y: Tensor | None,
         x: Tensor,
         a: Tensor,
         b: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
         a0: Tensor,
         b0: Tensor,
         b_step: Tensor,
@@ -82,23 +132,31 @@ class _Residual(torch.autograd.Function):
         seed: int,
         recipe: Recipe,
     ) -> Tensor:
+        dtype = a.dtype
         # in one product of rank 2r, as the saved folder is computed: loaded again, it is equal to the last bit
-        with as_written(y):
-            inner = torch.cat([a, a_step]) @ dropped(x, p, seed).reshape(-1, x.shape[-1]).to(y.dtype).t()
+        with as_written(x):
+            rows = x.reshape(-1, x.shape[-1])
+            kept = dropped(x, p, seed).reshape(rows.shape) if p else rows
+            inner = torch.cat([a, a_step]) @ kept.to(dtype).t()
             b_both = torch.cat([b_step, b0], dim=1)
-            out = torch.addmm(y.reshape(-1, y.shape[-1]), inner.t(), b_both.t(), alpha=scale)
+            if weight is None:
+                assert y is not None
+                out = torch.addmm(y.reshape(-1, y.shape[-1]), inner.t(), b_both.t(), alpha=scale)
+            else:
+                out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+                out.addmm_(inner.t(), b_both.t(), alpha=scale)
         needed = ctx.needs_input_grad
         h = inner[: a.shape[0]].clone() if needed[3] else None
         # steps in half precision cannot be taken again; in full precision they are not kept
-        ends = (a0, b) if y.dtype.itemsize >= 4 else (a_step, b_step)
-        ctx.save_for_backward(a, *ends, b0, h, *(recipe.parts if needed[2] else ()))
+        ends = (a0, b) if dtype.itemsize >= 4 else (a_step, b_step)
+        ctx.save_for_backward(weight if needed[1] else None, a, *ends, b0, h, *(recipe.parts if needed[2] else ()))
         ctx.made = recipe.make, x.shape, x.dtype, scale, p, seed
-        return torch.ops.aten._unsafe_view(out, y.shape)  # type: ignore[no-any-return]  # as in `low_rank`
+        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(b)))  # type: ignore[no-any-return]  # as in `low_rank`
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        a, a_step, b_step, b0, h, *parts = ctx.saved_tensors
+        weight, a, a_step, b_step, b0, h, *parts = ctx.saved_tensors
         make, shape, dtype, scale, p, seed = ctx.made
         r, needed = a.shape[0], ctx.needs_input_grad
         if a.dtype.itemsize >= 4:
@@ -107,10 +165,15 @@ class _Residual(torch.autograd.Function):
         dx = da = db = None
         both = (torch.cat([b_step, b0], dim=1).t() @ g.t()).mul_(scale)
         if needed[1]:
-            dx = dropped((both.t() @ torch.cat([a, a_step])).view(shape), p, seed).to(dtype)
+            stacked = torch.cat([a, a_step])
+            if p or weight is None:
+                dx = dropped((both.t() @ stacked).view(shape), p, seed)
+                dx = dx.to(dtype) if weight is None else dx.view(-1, shape[-1]).addmm_(g, weight).view(shape)
+            else:
+                dx = (g @ weight).addmm_(both.t(), stacked).view(shape)
         if needed[2]:
             inner = both[:r] + both[r:]
             da = inner @ dropped(make(*parts), p, seed).reshape(-1, shape[-1]).to(g.dtype)
         if needed[3]:
             db = (h @ g).mul_(scale).t()
-        return gradient if needed[0] else None, dx, da, db, *[None] * 8
+        return gradient if needed[0] else None, dx, da, db, *[None] * 10

@@ -228,6 +228,31 @@ def test_joined_with_the_layer(size: tuple[int, int, int, int], dtype: torch.dty
     both(op, plain, inputs, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("size", [size for size in SIZES if size[0]], ids=str)
+def test_residual_joined_with_the_layer(size: tuple[int, int, int, int], dtype: torch.dtype, dropout: float) -> None:
+    """As above, for the update that PiSSA and OLoRA train."""
+    rows, wide, tall, r = size
+    shapes = [(rows, wide), (r, wide), (tall, r)]
+    inputs = [drawn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    for i, moved in enumerate(inputs[1:]):  # as in training A and B stay near where they started
+        inputs.append((moved + 0.1 * drawn(*moved.shape, dtype=dtype, seed=i + 3)).detach())
+    layer = nn.Linear(wide, tall).to(dtype).requires_grad_(False)
+    exact = copy.deepcopy(layer).double()
+    torch.manual_seed(0)
+    kept = low_rank.dropped(torch.ones(rows, wide, dtype=dtype), dropout, low_rank.drawn(dropout)).double()
+
+    def op(x: Tensor, *parts: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return residual.residual_linear(x, layer, *parts, 0.5, dropout=dropout)
+
+    def plain(x: Tensor, *parts: Tensor) -> Tensor:
+        return residual.reference(exact(x), x * kept, *parts, 0.5)
+
+    both(op, plain, inputs, TOLERANCE[dtype])
+
+
 def test_a_layer_is_joined_only_where_that_is_the_same() -> None:
     x = torch.randn(3, 8)
 
