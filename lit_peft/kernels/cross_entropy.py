@@ -35,9 +35,8 @@ def shaped(v, factor, height, CAPPED: tl.constexpr):
 
 @triton.jit
 def scanned(row_ptr, target, width, factor, height, CAPPED: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
-    """Of one row: z at the target, the largest z, the sums of exp(z - largest) without the target's and of that times z.
-
-    The sums are kept for every lane and follow the largest z so far.
+    """Of one row: z at the target, the largest z, and over all but the target the sums of e = exp(z - largest) and of
+    e (z - largest). The sums are kept for every lane and follow the largest z so far.
     """
     at = tl.arange(0, BLOCK)
     top = float("-inf")
@@ -50,13 +49,15 @@ def scanned(row_ptr, target, width, factor, height, CAPPED: tl.constexpr, ENTROP
         z = tl.where(inside, z, float("-inf"))
         new = tl.maximum(top, tl.max(z, 0))
         base = tl.where(new == float("-inf"), 0.0, new)
-        e = tl.exp(z - base)
+        e = tl.where(start + at == target, 0.0, tl.exp(z - base))
         shrunk = tl.exp(top - base)
-        others = others * shrunk + tl.where(start + at == target, 0.0, e)
-        if ENTROPY:
-            moment = moment * shrunk + e * tl.maximum(z, -1e30)
+        if ENTROPY:  # before the sum that it follows
+            moment = (moment + others * (tl.maximum(top, -1e30) - base)) * shrunk + e * (tl.maximum(z, -1e30) - base)
+        others = others * shrunk + e
         top = new
-    picked, _ = shaped(tl.load(row_ptr + target).to(tl.float32), factor, height, CAPPED)
+    known = (target >= 0) & (target < width)  # another one gives NaN, and reads nothing
+    v = tl.load(row_ptr + target, mask=known, other=float("nan")).to(tl.float32)
+    picked, _ = shaped(v, factor, height, CAPPED)
     return picked, top, tl.sum(others, 0), tl.sum(moment, 0)
 
 
@@ -113,7 +114,8 @@ def log_probabilities_kernel(
     tl.store(lse_ptr + row, lse)
     tl.store(miss_ptr + row, others / total)
     if ENTROPY:
-        tl.store(entropy_ptr + row, lse - moment / total)
+        moment += tl.exp(picked - top) * (tl.maximum(picked, -1e30) - top)
+        tl.store(entropy_ptr + row, tl.log(total) - moment / total)
 
 
 @triton.jit
@@ -198,10 +200,12 @@ def _builds() -> list[Build]:
         made.append(Build(f"cross entropy, {label}", cross_entropy_kernel, loss, options))
         back = row | numbers | {"v_ptr": dtype, "g_ptr": tl.float32, "h_ptr": tl.float32}
         if dtype == tl.bfloat16:
+            logs = row | numbers | {"v_ptr": dtype, "logs_ptr": tl.float32, "ENTROPY": False}
+            made.append(Build(f"log-probabilities, {label}", log_probabilities_kernel, logs, options))
             capped = loss | {"factor": 1 / 30, "height": 30.0, "CAPPED": True}
             made.append(Build(f"cross entropy, capped, {label}", cross_entropy_kernel, capped, options))
-            logs = row | numbers | {"v_ptr": dtype, "logs_ptr": tl.float32, "ENTROPY": True}
-            made.append(Build(f"log-probabilities, entropies, {label}", log_probabilities_kernel, logs, options))
+            name = f"log-probabilities, entropies, {label}"
+            made.append(Build(name, log_probabilities_kernel, logs | {"ENTROPY": True}, options))
             both = back | {"ENTROPY": True}
             name = f"log-probabilities backward, entropies, {label}"
             made.append(Build(name, log_probabilities_backward_kernel, both, options))

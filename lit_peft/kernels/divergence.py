@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from lit_peft.kernels.build import Build
-from lit_peft.kernels.cross_entropy import scanned, shaped, sizes
+from lit_peft.kernels.cross_entropy import WIDEST, scanned, shaped, sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,9 +95,14 @@ def divergence(
     losses = torch.empty(len(v), device=v.device)
     divergence_kernel[(len(v),)](
         v, w, losses, v.stride(0), w.stride(0), v.shape[1], beta, gain, *shape, *teacher_shape, KIND=kind,
-        CAPPED=bool(shape[1]), TEACHER_CAPPED=bool(teacher_shape[1]), SLOPES=bool(gain), **sizes(v.shape[1]),
+        CAPPED=bool(shape[1]), TEACHER_CAPPED=bool(teacher_shape[1]), SLOPES=bool(gain), **_sizes(v.shape[1]),
     )  # fmt: skip
     return losses
+
+
+def _sizes(width: int) -> dict[str, int]:
+    found = sizes(min(width, WIDEST // 2))  # twice as many numbers are worked on
+    return found | {"num_warps": min(16, found["num_warps"] * 2)}
 
 
 def _builds() -> list[Build]:
@@ -107,7 +112,7 @@ def _builds() -> list[Build]:
         "factor": 1.0, "height": 0.0, "teacher_factor": 1.0, "teacher_height": 0.0, "CAPPED": False,
         "TEACHER_CAPPED": False, "SLOPES": True,
     }  # fmt: skip
-    options = sizes(width)
+    options = _sizes(width)
     common["BLOCK"] = options.pop("BLOCK")
     made = []
     for label, dtype in (("bf16", tl.bfloat16), ("fp16", tl.float16), ("fp32", tl.float32)):

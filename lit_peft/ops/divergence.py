@@ -205,7 +205,7 @@ class _Divergence(torch.autograd.Function):
                     numbers = [number for shape in shapes for number in (shape.factor, shape.height)]
                     total += _divergence(v, w, kind, beta, gain, *numbers).sum()
                 else:
-                    for strip in strips(v):
+                    for strip in strips(v, share=2):
                         total += _losses(v[strip], w[strip], shapes, kind, beta, gain).sum()
                 if dx is not None:
                     put_product(dx, v, buffer.weight, None, part)

@@ -116,9 +116,9 @@ def as_rows(weight: Tensor, bias: Tensor | None, x: Tensor) -> Buffer:
     return Buffer(weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def strips(v: Tensor) -> Iterator[slice]:
-    """Yield the strips of a piece's rows."""
-    size = max(1, STRIP.get(v.device.type, STRIP["cpu"]) // v.shape[1])
+def strips(v: Tensor, share: int = 1) -> Iterator[slice]:
+    """Yield the strips of a piece's rows; `share` pieces are worked on side by side."""
+    size = max(1, STRIP.get(v.device.type, STRIP["cpu"]) // (v.shape[1] * share))
     yield from (slice(start, start + size) for start in range(0, len(v), size))
 
 
