@@ -55,7 +55,7 @@ def divergence_kernel(
         elif KIND == 1:
             from_student += p * (a - b)
         else:
-            m = tl.maximum(tl.log(beta * q + (1 - beta) * p), -1e30)
+            m = tl.log(tl.maximum(beta * q + (1 - beta) * p, 1e-37))
             from_teacher += q * (b - m)
             from_student += p * (a - m)
     mean = tl.sum(from_student, 0)
@@ -75,7 +75,7 @@ def divergence_kernel(
             b, _ = _log(w_row, start + at, inside, teacher_lse, teacher_factor, teacher_height, TEACHER_CAPPED)
             p = tl.exp(a)
             if KIND == 2:
-                b = tl.maximum(tl.log(beta * tl.exp(b) + (1 - beta) * p), -1e30)
+                b = tl.log(tl.maximum(beta * tl.exp(b) + (1 - beta) * p, 1e-37))
             d = gain * p * (a - b - mean) * slope
             tl.store(v_row + start + at, d.to(v_ptr.dtype.element_ty), mask=inside)
 
