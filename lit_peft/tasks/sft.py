@@ -121,7 +121,7 @@ class SFT(Task):
         elif head is None:
             loss = F.cross_entropy(out.float(), targets, reduction="sum")
         else:
-            loss = linear_cross_entropy(out, head.weight, targets, head.bias)
+            loss = linear_cross_entropy(out, head.weight, targets, head.bias, ignore_index=None)
         return self.summed(loss, count)
 
     def _measure(self, batch: dict[str, Tensor], nll: MeanMetric, hits: MeanMetric) -> None:

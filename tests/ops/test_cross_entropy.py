@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from lit_peft.ops import cross_entropy
+from lit_peft.ops import cross_entropy, logits
 from tests.ops.exact import TOLERANCE, agree, drawn
+from tests.ops.head_checks import aimed, check_cross_entropy, layer
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -71,3 +73,55 @@ def test_small_gradients_live_in_float16() -> None:
         found.append(rows.grad.double() / scale)
     errors = (found[1] - found[0]).norm(dim=1) / found[0].norm(dim=1)
     assert errors.max() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [7, 1, 0])
+@pytest.mark.parametrize("piece", [2**25, 200])
+def test_ignored_rows(rows: int, piece: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows whose target is -100, as if they were not there; others may be told apart before."""
+    monkeypatch.setitem(cross_entropy.PIECE, "cpu", piece)
+    monkeypatch.setitem(logits.STRIP, "cpu", 2 * 19)
+    x, (weight, bias) = drawn(rows, 12, dtype=dtype, seed=0), layer(19, 12, dtype)
+    targets = aimed(rows, 19, True)
+    check_cross_entropy(x, weight, targets, bias, False)
+    kept = targets != -100
+    chosen = cross_entropy.linear_cross_entropy(x[kept], weight, targets[kept], bias, ignore_index=None)
+    agree(chosen, cross_entropy.linear_cross_entropy(x, weight, targets, bias), 1e-6)
+
+
+@pytest.mark.parametrize("rows", [5, 0])
+def test_all_rows_ignored(rows: int) -> None:
+    x, weight = drawn(rows, 4, dtype=torch.float32, seed=0), torch.randn(9, 4)
+    loss = cross_entropy.linear_cross_entropy(x, weight, torch.full((rows,), -100))
+    assert loss.item() == 0
+    loss.backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert not x.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [{"scale": 0.25}, {"softcap": 3.0}, {"softcap": 3.0, "scale": 0.5}], ids=str)
+def test_models_that_scale_or_cap_their_logits(shape: dict[str, float], dtype: torch.dtype) -> None:
+    x, (weight, bias) = drawn(5, 12, dtype=dtype, seed=0), layer(19, 12, dtype)
+    check_cross_entropy(x, weight, aimed(5, 19, True), bias, False, **shape)
+
+
+def test_uneven_memory_twice_in_a_graph_and_checkpointed() -> None:
+    base, (weight, _) = drawn(12, 5, dtype=torch.float64, seed=0), layer(19, 12, torch.float64)
+    targets = aimed(5, 19, False)
+    check_cross_entropy(base.detach().t().requires_grad_(), weight, targets, None, False)
+    once = torch.autograd.grad(cross_entropy.linear_cross_entropy(base.t(), weight, targets), base)[0]
+    both = sum(cross_entropy.linear_cross_entropy(base.t(), weight, targets) for _ in range(2))
+    agree(torch.autograd.grad(both, base)[0], 2 * once, 1e-12)  # type: ignore[arg-type]
+    again = checkpoint(cross_entropy.linear_cross_entropy, base.t(), weight, targets, use_reentrant=False)
+    agree(torch.autograd.grad(again, base)[0], once, 1e-12)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, weight = drawn(2, 4, dtype=torch.float32, seed=0), torch.randn(9, 4)
+    loss = cross_entropy.linear_cross_entropy(x, weight, torch.tensor([0, 1])).pow(2)
+    (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
