@@ -3,7 +3,7 @@
     F = [ W  B ]   (out + R, in + R)        y  = [x | z] [W | B]^T       z = s D(x) A^T L   (rows, R)
         [ A  . ]                            dx = [g | p] [W ; A]         p = s g B L        (rows, R)
 
-with W (out, in), A (r, in) and B (out, r) as in `low_rank`, padded with zeros to R, a multiple of 64. Neither y nor dx
+with W (out, in), A (r, in) and B (out, r) as in `low_rank`, padded with zeros to R, a power of two from 64 on. Neither y nor dx
 is written twice, and each is rounded once. Making [x | z] moves 4 bytes an entry of x (in half precision), adding the
 update to y moves 4 an entry of y and reads x: so the border pays where `in < 2 out`, and in the backward pass, where the
 roles are swapped, where `out < 2 in`.
@@ -23,7 +23,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-ALIGN = 64  # rows of F begin at multiples of 128 bytes, which cuBLAS and TMA want
+LEAST = 64  # rows of F begin at multiples of 128 bytes, which cuBLAS and TMA want
 
 
 @dataclass(eq=False)
@@ -133,7 +133,7 @@ def surround(layer: nn.Linear, rank: int) -> Border:
 
     Args:
         layer: a plain `nn.Linear`.
-        rank: r; the border is as wide as the next multiple of 64.
+        rank: r, at least 1.
 
     Returns:
         The border. The layer's own, if it has one that is wide enough.
@@ -146,7 +146,7 @@ def surround(layer: nn.Linear, rank: int) -> Border:
         >>> surround(layer, 2).width, layer.weight.stride()
         (64, (68, 1))
     """
-    width = -(-max(rank, 1) // ALIGN) * ALIGN
+    width = max(LEAST, 1 << (rank - 1).bit_length())
     border = bordered(layer)
     if border is not None and border.width >= width:
         return border

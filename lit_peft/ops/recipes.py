@@ -46,6 +46,18 @@ def recipe_of(x: Tensor) -> Recipe:
     return Recipe((x,), _itself)
 
 
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in another dtype, without gradients: the same copy to all that ask while x is what it was."""
+    if x.dtype == dtype:
+        return x.detach()
+    kept: tuple[int, Tensor] | None = getattr(x, "_copy", None)
+    if kept is None or kept[0] != x._version or kept[1].dtype != dtype:
+        kept = x._version, x.detach().to(dtype)
+        if torch.is_grad_enabled():  # queries, keys and values are made of one x: one copy serves, and is kept once
+            x._copy = kept  # type: ignore[attr-defined]
+    return kept[1]
+
+
 def _itself(x: Tensor) -> Tensor:
     return x
 
