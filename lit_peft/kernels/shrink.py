@@ -184,7 +184,15 @@ def shrink(
 
 def _builds() -> list[Build]:
     made = []
-    numbers = {"rows": 8192, "x_stride": 4096, "a_stride": 4096, "width": 4096, "scale": 2.0, "seed": 2**61, "steps": 32}
+    numbers = {
+        "rows": 8192,
+        "x_stride": 4096,
+        "a_stride": 4096,
+        "width": 4096,
+        "scale": 2.0,
+        "seed": 2**61,
+        "steps": 32,
+    }
     for label, dtype, r, pad, p in (
         ("bf16, r 16", tl.bfloat16, 16, 0, 0.0),
         ("bf16, r 16, packed", tl.bfloat16, 16, 64, 0.0),

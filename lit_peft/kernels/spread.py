@@ -120,7 +120,9 @@ def spread_kernel(
     place = dx_ptr + row[:, None] * width + column[None, :]
     dx = tl.load(place, mask=here & inside, other=0.0)
     inner = tl.load(p_ptr + row[:, None] * r + rank[None, :], mask=here & (rank < r)[None, :], other=0.0)
-    a = tl.load(a_ptr + rank[:, None].to(tl.int64) * width + column[None, :], mask=(rank < r)[:, None] & inside, other=0.0)
+    a = tl.load(
+        a_ptr + rank[:, None].to(tl.int64) * width + column[None, :], mask=(rank < r)[:, None] & inside, other=0.0
+    )
     change = tl.dot(inner, a.to(inner.dtype), input_precision=PRECISION) / (1 - p)
     change = tl.where(stays(seed, row, start, width, p, BM, BK), change, 0.0)
     tl.store(place, (dx.to(tl.float32) + change).to(dx_ptr.dtype.element_ty), mask=here & inside)
@@ -248,7 +250,15 @@ def _builds() -> list[Build]:
         else:
             arguments |= {"g_ptr": dtype, "b_ptr": tl.float32, "h_ptr": dtype, "gain_ptr": tl.float32, "p_ptr": dtype}
             arguments |= {"db_ptr": tl.float32, "packed_ptr": dtype, "g_stride": 4096, "scale": 2.0, "steps": 32}
-            arguments |= {"PAD": pad, "GAIN": False, "DROP": p > 0, "WHOLE": True, "P": True, "DB": True, "ATOMIC": True}
+            arguments |= {
+                "PAD": pad,
+                "GAIN": False,
+                "DROP": p > 0,
+                "WHOLE": True,
+                "P": True,
+                "DB": True,
+                "ATOMIC": True,
+            }
         kernel = spread_kernel if how is None else dyb_db_kernel
         made.append(Build(label, kernel, arguments | (how or {}), options, products=dtype != tl.float32))
     return made

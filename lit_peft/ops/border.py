@@ -189,13 +189,13 @@ def _contiguous(layer: nn.Module, state: dict[str, Any], prefix: str, metadata: 
         state[f"{prefix}weight"] = weight.contiguous()
 
 
-def packed(rows: Tensor, z: Tensor, width: int) -> Tensor:
-    """Return [x | z | 0]: (rows, in), (rows, r) -> (rows, in + R)."""
+def packed(rows: Tensor, z: Tensor, scale: float, width: int) -> Tensor:
+    """Return [x | s z | 0]: (rows, in), (rows, r) -> (rows, in + R)."""
     count, wide, r = *rows.shape, z.shape[1]
     out = rows.new_empty(count, wide + width)
-    out[:, :wide] = rows
-    out[:, wide : wide + r] = z
-    out[:, wide + r :] = 0
+    out[:, :wide].copy_(rows)
+    torch.mul(z, scale, out=out[:, wide : wide + r])
+    out[:, wide + r :].zero_()
     return out
 
 

@@ -165,7 +165,7 @@ class _Joined(torch.autograd.Function):
             out = rows @ turned if bias is None else torch.addmm(bias, rows, turned)
             out.addmm_(inner.t(), b.t(), alpha=scale)
         else:
-            both = borders.packed(rows, inner.t() * scale, around.width) if both is None else both
+            both = borders.packed(rows, inner.t(), scale, around.width) if both is None else both
             out = borders.forward_product(weight, around.width, both, bias)
         ctx.save_for_backward(
             weight if needed[0] else None,
@@ -200,7 +200,7 @@ class _Joined(torch.autograd.Function):
             inner, db, dl = inner_gradients(g, b, diagonal, h, scale, asked, call.spreads)
         dx = da = None
         if around is not None:
-            both = borders.packed(g, inner.t(), around.width) if both is None else both
+            both = borders.packed(g, inner.t(), 1.0, around.width) if both is None else both
             dx = borders.backward_product(weight, around.width, both)
         elif needed[0]:
             dx = g @ weight.to(g.dtype)

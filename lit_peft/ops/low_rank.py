@@ -129,14 +129,19 @@ def inner_gradients(
         inner, db = inner.t(), scaled(db, diagonal, scale) if needed[2] else None
     else:
         if needed[2]:
-            db = ((h if diagonal is None else diagonal[:, None] * h) @ g).mul_(scale).t()
+            db = product(h if diagonal is None else diagonal[:, None] * h, g, scale).t()
         if needed[0] or needed[1] or needed[3]:
-            inner = (b.t() @ g.t()).mul_(scale)
+            inner = product(b.t(), g.t(), scale)
     if needed[3]:
         dl = (inner * h).sum(1)
     if diagonal is not None and inner.numel():
         inner = inner.mul_(diagonal[:, None])
     return inner, db, dl
+
+
+def product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """Return s left right, in one operation."""
+    return torch.addmm(left.new_empty(1, 1), left, right, beta=0, alpha=scale)
 
 
 def scaled(db: Tensor, diagonal: Tensor | None, scale: float) -> Tensor:

@@ -52,9 +52,7 @@ def shrink(
 
 
 @shrink.register_fake
-def _(
-    x: Tensor, a: Tensor, gain: Tensor | None, scale: float, p: float, seed: int, pad: int
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, a: Tensor, gain: Tensor | None, scale: float, p: float, seed: int, pad: int) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     return x.new_empty((rows, a.shape[0])), x.new_empty((rows, width + pad) if pad else (0,))
 
