@@ -92,7 +92,7 @@ def shrink_kernel(
 
 def padded(r: int) -> int:
     """Return the width of the blocks that hold a rank."""
-    return max(16, int(triton.next_power_of_2(r)))
+    return max(16, 1 << (r - 1).bit_length())
 
 
 def blocks(r: int, itemsize: int, dropped: bool = False) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def shrink(
     pad: int,
     split: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Return H = D(x) A^T (rows, r) in x's dtype, and [x | s H diag(gain) | 0] (rows, width + pad) where pad is above 0.
+    """Return H = D(x) A^T (rows, r) in x's dtype, and [x | s H diag(gain) | 0] (rows, width + pad) if pad is not 0.
 
     Args:
         x: (rows, width), each row contiguous.

@@ -49,7 +49,7 @@ def dyb_db_kernel(
     ATOMIC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """P (rows, r), or one part of its sum a program of axis 1; dB (width, r) by atomics, or a part a program of axis 0."""
+    """P (rows, r), or one part of its sum a program of axis 1; dB (width, r), by atomics or in parts by axis 0."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     rank, at = tl.arange(0, RANK), tl.arange(0, BK)
     here, inner = (row < rows)[:, None], (rank < r)[None, :]

@@ -1,12 +1,12 @@
-"""A frozen weight in the corner of a larger matrix, with A and B in the borders: the update costs no product of its own.
+"""A frozen weight in the corner of a larger matrix, A and B in the borders: the update takes no product of its own.
 
     F = [ W  B ]   (out + R, in + R)        y  = [x | z] [W | B]^T       z = s D(x) A^T L   (rows, R)
         [ A  . ]                            dx = [g | p] [W ; A]         p = s g B L        (rows, R)
 
-with W (out, in), A (r, in) and B (out, r) as in `low_rank`, padded with zeros to R, a power of two from 64 on. Neither y nor dx
-is written twice, and each is rounded once. Making [x | z] moves 4 bytes an entry of x (in half precision), adding the
-update to y moves 4 an entry of y and reads x: so the border pays where `in < 2 out`, and in the backward pass, where the
-roles are swapped, where `out < 2 in`.
+with W (out, in), A (r, in) and B (out, r) as in `low_rank`, padded with zeros to R, a power of two from 64 on. Neither
+y nor dx is written twice, and each is rounded once. Making [x | z] moves 4 bytes an entry of x (in half precision);
+adding the update to y moves 4 an entry of y, and reads x. So the border pays where `in < 2 out`, and in the backward
+pass, where the roles are swapped, where `out < 2 in`.
 
 The layer's weight stays the same parameter, and becomes a view of F with rows of length in + R. Its values, its name,
 its place in optimizers and files stay what they are; `state_dict` holds a contiguous copy. A copy of the layer, and the
@@ -161,7 +161,8 @@ def surround(layer: nn.Linear, rank: int) -> Border:
         whole = torch.zeros(tall + width, wide + width, dtype=weight.dtype, device=weight.device)
         whole[:tall, :wide].copy_(weight)
         weight.data = whole[:tall, :wide]
-    border = _AROUND[layer] = Border(width, layer.register_state_dict_post_hook(_contiguous))
+    hook = layer.register_state_dict_post_hook(_contiguous)  # type: ignore[no-untyped-call]
+    border = _AROUND[layer] = Border(width, hook)
     return border
 
 

@@ -97,7 +97,8 @@ def dropped(x: Tensor, p: float, seed: int) -> Tensor:
 def narrow(x: Tensor, a: Tensor, p: float, seed: int, launch: bool) -> Tensor:
     """Return H = A D(x)^T (r, rows), of x (rows, in) and A (r, in) in any dtype."""
     if launch:
-        return shrink(x, a, None, 1.0, p, seed, 0)[0].t()
+        h: Tensor = shrink(x, a, None, 1.0, p, seed, 0)[0]
+        return h.t()
     # (r, rows), not (rows, r): products with narrow results are up to four times slower on CPUs
     return a.to(x.dtype) @ dropped(x, p, seed).t()
 
@@ -152,7 +153,8 @@ def scaled(db: Tensor, diagonal: Tensor | None, scale: float) -> Tensor:
 def outer(inner: Tensor, x: Tensor, p: float, seed: int, launch: bool) -> Tensor:
     """Return dA = P D(x) (r, in), of P (r, rows) and x (rows, in)."""
     if launch and p:
-        return taken(x, inner.t(), p, seed).t()
+        da: Tensor = taken(x, inner.t(), p, seed)
+        return da.t()
     return inner @ dropped(x, p, seed)
 
 
