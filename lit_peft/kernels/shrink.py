@@ -92,7 +92,7 @@ def shrink_kernel(
 
 def padded(r: int) -> int:
     """Return the width of the blocks that hold a rank."""
-    return max(16, 1 << (r - 1).bit_length())
+    return max(16, 1 << (r - 1).bit_length()) if r else 16
 
 
 def blocks(r: int, itemsize: int, dropped: bool = False) -> dict[str, Any]:

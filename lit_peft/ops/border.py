@@ -116,6 +116,11 @@ def complaint(layer: nn.Module) -> str:
     return ""
 
 
+def lined(layer: nn.Module) -> bool:
+    """Return whether the layer has been given a border, which may be gone since: see `bordered`."""
+    return bool(_AROUND) and layer in _AROUND
+
+
 def bordered(layer: nn.Module) -> Border | None:
     """Return a layer's border, if its weight still lies in one."""
     border = _AROUND.get(layer)

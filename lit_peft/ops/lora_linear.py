@@ -16,7 +16,10 @@ would keep a copy of each.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, TypeGuard
 
 import torch
@@ -27,9 +30,10 @@ from lit_peft.ops import low_rank
 from lit_peft.ops.border import Border
 from lit_peft.ops.choice import takes_kernel
 from lit_peft.ops.low_rank import dropped, inner_gradients, narrow, outer, scaled
-from lit_peft.ops.recipes import Recipe, as_dtype, autocasting, recipe_of, recording
+from lit_peft.ops.recipes import as_dtype, autocasting, noted, recording
 from lit_peft.ops.shrink import dyb_db, shrink, spread, takes_shrink, takes_spread
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # which autocast casts
 
 
@@ -37,7 +41,7 @@ def joins(base: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
     """Return whether `lora_linear` may stand for a call of the base: a plain frozen `nn.Linear`, watched by nobody."""
     if type(base) is not nn.Linear or not recording():
         return False
-    weight, bias = base.weight, base.bias
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
     return (
         type(weight) is nn.Parameter
         and not weight.requires_grad
@@ -83,22 +87,45 @@ def lora_linear(
         >>> bool(out.sub(base(x)).sub(2).abs().max() < 1e-6)
         True
     """
-    r, tall = len(a), len(b)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocasting(x) else x.dtype
-    recipe = recipe_of(x)
-    cast = as_dtype(x, dtype)
-    if dtype != x.dtype and recipe.parts[0] is x:
-        recipe = recipe_of(cast)
-    shrinks = takes_shrink(cast, r, dropout, kernels)
-    spreads = takes_spread(cast, tall, r, dropout, kernels)
-    if dropout:  # both draw the same mask, or neither does
-        shrinks = spreads = shrinks and spreads
-    around = None if kernels is False else _border(base, cast, r, kernels)
-    filling = 0 if around is None else around.hold(base.weight, a, b)
-    seed = low_rank.drawn(dropout)
-    call = _Call(scale, dropout, seed, cast, recipe, shrinks, spreads, around, filling)
-    out: Tensor = _Joined.apply(x, base.weight, base.bias, a, b, diagonal, call)  # type: ignore[no-untyped-call]
+    recipe, rows = noted(x), x
+    if autocasting(x):
+        rows = as_dtype(x, torch.get_autocast_dtype(x.device.type))
+    kept: tuple[Any, ...] = (None, rows) if recipe is None else (recipe.make, *recipe.parts)
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    way = _way(rows, base, a, b, dropout, kernels)
+    source = rows, dropout, low_rank.drawn(dropout) if dropout else 0, kept
+    out: Tensor = _Joined.apply(x, weight, bias, a, b, diagonal, scale, source, way)  # type: ignore[no-untyped-call]
     return out
+
+
+@dataclass
+class _Way:
+    """How one call is computed, where not by plain operations alone.
+
+    Attributes:
+        shrinks: whether H is made by a kernel.
+        spreads: whether P and dB are.
+        border: around the weight, or none.
+        filling: which filling of the border the forward pass has used.
+    """
+
+    shrinks: bool
+    spreads: bool
+    border: Border | None
+    filling: int
+
+
+def _way(x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, p: float, kernels: bool | None) -> _Way | None:
+    if not borders.lined(base) and (
+        kernels is False or (kernels is None and x.device.type != "cuda" and "TRITON_INTERPRET" not in os.environ)
+    ):
+        return None
+    r, tall = a.shape[0], b.shape[0]
+    shrinks, spreads = takes_shrink(x, r, p, kernels), takes_spread(x, tall, r, p, kernels)
+    if p:  # both draw the same mask, or neither does
+        shrinks = spreads = shrinks and spreads
+    around = None if kernels is False else _border(base, x, r, kernels)
+    return _Way(shrinks, spreads, around, 0 if around is None else around.hold(base.weight, a, b))
 
 
 def _border(base: nn.Linear, x: Tensor, r: int, kernels: bool | None) -> Border | None:
@@ -113,19 +140,15 @@ def _border(base: nn.Linear, x: Tensor, r: int, kernels: bool | None) -> Border 
     return found
 
 
-@dataclass
-class _Call:
-    """How one call is computed."""
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Like torch's own, which costs as much as a small product, but only where a second derivative is asked for."""
+    refusing = torch.autograd.function.once_differentiable(backward)
 
-    scale: float
-    p: float
-    seed: int
-    x: Tensor | None  # in the dtype of the products; let go after the forward pass
-    recipe: Recipe | None
-    shrinks: bool
-    spreads: bool
-    border: Border | None
-    filling: int
+    @wraps(backward)
+    def checked(ctx: Any, gradient: Tensor) -> Any:
+        return (refusing if torch.is_grad_enabled() else backward)(ctx, gradient)
+
+    return checked
 
 
 class _Joined(torch.autograd.Function):
@@ -138,34 +161,35 @@ class _Joined(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         diagonal: Tensor | None,
-        call: _Call,
+        scale: float,
+        source: tuple[Any, ...],
+        way: _Way | None,
     ) -> Tensor:
-        needed = ctx.needs_input_grad
-        assert call.x is not None
-        assert call.recipe is not None
-        rows, recipe, scale = call.x.reshape(-1, x.shape[-1]), call.recipe, call.scale
-        call.x = call.recipe = None
-        ctx.kinds = x.dtype, None, None, a.dtype, b.dtype, None if diagonal is None else diagonal.dtype
-        dtype = rows.dtype
-        bias = None if bias is None else bias.to(dtype)
-        diagonal = None if diagonal is None else diagonal.to(dtype)
-        around = call.border if call.border is not None and borders.pays_forward(weight) else None
-        both = None
-        if call.shrinks:
-            h, both = shrink(rows, a, diagonal, scale, call.p, call.seed, around.width if around else 0)
+        x_here, p, seed, (make, *parts) = source
+        needed, dtype, width = ctx.needs_input_grad, x_here.dtype, x_here.shape[-1]
+        kinds = x.dtype, a.dtype, b.dtype, None if diagonal is None else diagonal.dtype
+        rows = x_here if x_here.dim() == 2 else x_here.reshape(-1, width)
+        bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+        diagonal = diagonal if diagonal is None or diagonal.dtype == dtype else diagonal.to(dtype)
+        launch, around, both = way is not None and way.shrinks, None if way is None else way.border, None
+        if around is not None and not borders.pays_forward(weight):
+            around = None
+        if launch:  # the kernels cast A by themselves
+            h, both = shrink(rows, a, diagonal, scale, p, seed, around.width if around else 0)
             h = h.t()
         else:
-            a = a.to(dtype)  # which the kernels do by themselves
-            h = narrow(rows, a, call.p, call.seed, False)
-        if around is None or both is None:
-            inner = h if diagonal is None else diagonal[:, None] * h
+            a = a if a.dtype == dtype else a.to(dtype)
+            h = narrow(rows, a, p, seed, False)
+        if around is None or not launch:
+            inner = (h if diagonal is None else diagonal[:, None] * h).t()
         if around is None:
-            b = b.to(dtype)
-            turned = weight.to(dtype).t()
-            out = rows @ turned if bias is None else torch.addmm(bias, rows, turned)
-            out.addmm_(inner.t(), b.t(), alpha=scale)
+            b = b if b.dtype == dtype else b.to(dtype)
+            turned = (weight if weight.dtype == dtype else weight.to(dtype)).t()
+            out = torch.mm(rows, turned) if bias is None else torch.addmm(bias, rows, turned)
+            out.addmm_(inner, b.t(), alpha=scale)
         else:
-            both = borders.packed(rows, inner.t(), scale, around.width) if both is None else both
+            if not launch:
+                both = borders.packed(rows, inner, scale, around.width)
             out = borders.forward_product(weight, around.width, both, bias)
         ctx.save_for_backward(
             weight if needed[0] else None,
@@ -173,54 +197,58 @@ class _Joined(torch.autograd.Function):
             b,
             diagonal,
             h if needed[4] or needed[5] else None,
-            *(recipe.parts if needed[3] else ()),
+            *(parts if needed[3] else ()),
         )
-        ctx.made = recipe.make, x.shape, call
-        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(b)))  # type: ignore[no-any-return]  # as in `low_rank`
+        ctx.made = make, x.shape, kinds, scale, p, seed, way
+        # not a view, which could not be changed in place
+        return out if x.dim() == 2 else _unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]  # a second derivative would lack H's
+    @_once_differentiable  # a second derivative would lack H's
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, a, b, diagonal, h, *parts = ctx.saved_tensors
-        make, shape, call = ctx.made
-        needed, scale, p, seed = ctx.needs_input_grad, call.scale, call.p, call.seed
-        g = gradient.reshape(-1, gradient.shape[-1])
-        around = _still(call, weight) if needed[0] else None
-        asked = needed[0], *needed[3:6]
-        both = None
-        b = b if call.spreads else b.to(g.dtype)
-        if around is not None and call.spreads:
-            inner, db, both = dyb_db(g, b, h.t() if needed[4] else None, diagonal, scale, around.width)
-            db, dl = scaled(db, diagonal, scale) if needed[4] else None, None
-            inner = inner.t()
+        make, shape, kinds, scale, p, seed, way = ctx.made
+        need_x, _, _, need_a, need_b, need_l, *_ = ctx.needs_input_grad
+        g = gradient if gradient.dim() == 2 else gradient.reshape(-1, gradient.shape[-1])
+        dtype, launch, around, both = g.dtype, way is not None and way.spreads, None, None
+        if way is not None:
+            around = _still(way, weight, p) if need_x else None
+        if around is not None and launch:
+            inner, db, both = dyb_db(g, b, h.t() if need_b else None, diagonal, scale, around.width)
+            inner, db, dl = inner.t(), scaled(db, diagonal, scale) if need_b else None, None
             if diagonal is not None:
-                dl = (inner * h).sum(1) if needed[5] else None
+                dl = (inner * h).sum(1) if need_l else None
                 inner.mul_(diagonal[:, None])
         else:
-            inner, db, dl = inner_gradients(g, b, diagonal, h, scale, asked, call.spreads)
+            b = b if launch or b.dtype == dtype else b.to(dtype)
+            inner, db, dl = inner_gradients(g, b, diagonal, h, scale, (need_x, need_a, need_b, need_l), launch)
         dx = da = None
         if around is not None:
             both = borders.packed(g, inner.t(), 1.0, around.width) if both is None else both
             dx = borders.backward_product(weight, around.width, both)
-        elif needed[0]:
-            dx = g @ weight.to(g.dtype)
+        elif need_x:
+            dx = g @ (weight if weight.dtype == dtype else weight.to(dtype))
+            a = a if a.dtype == dtype else a.to(dtype)
             if not p:
-                dx.addmm_(inner.t(), a.to(g.dtype))
-            elif call.shrinks:
+                dx.addmm_(inner.t(), a)
+            elif launch:
                 spread(dx, inner.t(), a, p, seed)
             else:
-                dx += dropped(inner.t() @ a.to(g.dtype), p, seed)
-        if needed[3]:
-            da = outer(inner, make(*parts).reshape(-1, shape[-1]).to(g.dtype), p, seed, call.shrinks)
-        if call.border is not None:
-            call.border.again = True
-        grads = (dx if dx is None else dx.view(shape), None, None, da, db, dl)
-        return *(d if d is None else d.to(kind) for d, kind in zip(grads, ctx.kinds, strict=True)), None
+                dx += dropped(inner.t() @ a, p, seed)
+        if need_a:
+            x = parts[0] if make is None else make(*parts)
+            x = x if x.dim() == 2 else x.reshape(-1, shape[-1])
+            da = outer(inner, x if x.dtype == dtype else x.to(dtype), p, seed, launch)
+        if way is not None and way.border is not None:
+            way.border.again = True
+        dx = dx if dx is None else dx.view(shape)
+        dx, da, db, dl = (d if d is None or d.dtype == k else d.to(k) for d, k in zip((dx, da, db, dl), kinds, strict=True))
+        return dx, None, None, da, db, dl, None, None, None
 
 
-def _still(call: _Call, weight: Tensor) -> Border | None:
+def _still(way: _Way, weight: Tensor, p: float) -> Border | None:
     """Return the border in which A still stands as in the forward pass, where the gradient is to be had from it."""
-    found: Border | None = call.border
-    if found is None or call.p or found.filled != call.filling or not borders.lies(weight, found.width):
+    found = way.border
+    if found is None or p or found.filled != way.filling or not borders.lies(weight, found.width):
         return None
     return found if borders.pays_backward(weight) else None

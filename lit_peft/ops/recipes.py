@@ -40,10 +40,15 @@ def note(x: Tensor, *parts: Tensor, make: Callable[..., Tensor]) -> Tensor:
 
 def recipe_of(x: Tensor) -> Recipe:
     """Return how to make x; a tensor without a recipe, or changed in place since, or its parts, is its own part."""
+    return noted(x) or Recipe((x,), _itself)
+
+
+def noted(x: Tensor) -> Recipe | None:
+    """Return the recipe that x came with, if neither x nor its parts were changed in place since."""
     recipe = getattr(x, "_recipe", None)
     if isinstance(recipe, Recipe) and recipe.versions == tuple(tensor._version for tensor in (x, *recipe.parts)):
         return recipe
-    return Recipe((x,), _itself)
+    return None
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
