@@ -107,8 +107,9 @@ def complaint(layer: nn.Module) -> str:
         return f"A {type(layer).__name__} whose weight is a {type(weight).__name__} can have no border."
     if weight.requires_grad:
         return "A weight that is trained can have no border. Freeze it first."
-    if weight.is_meta or not weight.is_floating_point():
-        return f"A weight of dtype {weight.dtype} on {weight.device} can have no border."
+    if weight.is_meta or weight.dim() != 2 or not weight.is_floating_point():
+        shape = tuple(weight.shape)
+        return f"A weight of shape {shape} and dtype {weight.dtype} on {weight.device} can have no border."
     if bordered(layer) is None:
         held = weight.untyped_storage().nbytes()
         if not weight.is_contiguous() or weight.storage_offset() or held != weight.numel() * weight.element_size():

@@ -90,11 +90,11 @@ def lora_linear(
     recipe, rows = noted(x), x
     if autocasting(x):
         rows = as_dtype(x, torch.get_autocast_dtype(x.device.type))
-    kept: tuple[Any, ...] = (None, rows) if recipe is None else (recipe.make, *recipe.parts)
+    kept: tuple[Any, ...] = (None, None, rows) if recipe is None else (recipe.again, recipe.make, *recipe.parts)
     weight, bias = base._parameters["weight"], base._parameters["bias"]
     way = _way(rows, base, a, b, dropout, kernels)
-    source = rows, dropout, low_rank.drawn(dropout) if dropout else 0, kept
-    out: Tensor = _Joined.apply(x, weight, bias, a, b, diagonal, scale, source, way)  # type: ignore[no-untyped-call]
+    call = rows, kept, scale, dropout, low_rank.drawn(dropout) if dropout else 0, way  # each argument of `apply` costs
+    out: Tensor = _Joined.apply(x, weight, bias, a, b, diagonal, call)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -161,11 +161,9 @@ class _Joined(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         diagonal: Tensor | None,
-        scale: float,
-        source: tuple[Any, ...],
-        way: _Way | None,
+        call: tuple[Any, ...],
     ) -> Tensor:
-        x_here, p, seed, (make, *parts) = source
+        x_here, (again, make, *parts), scale, p, seed, way = call
         needed, dtype, width = ctx.needs_input_grad, x_here.dtype, x_here.shape[-1]
         kinds = x.dtype, a.dtype, b.dtype, None if diagonal is None else diagonal.dtype
         rows = x_here if x_here.dim() == 2 else x_here.reshape(-1, width)
@@ -199,7 +197,9 @@ class _Joined(torch.autograd.Function):
             h if needed[4] or needed[5] else None,
             *(parts if needed[3] else ()),
         )
-        ctx.made = make, x.shape, kinds, scale, p, seed, way
+        if again is not None and needed[3]:
+            again.users += 1
+        ctx.made = again, make, x.shape, kinds, scale, p, seed, way
         # not a view, which could not be changed in place
         return out if x.dim() == 2 else _unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
 
@@ -207,8 +207,8 @@ class _Joined(torch.autograd.Function):
     @_once_differentiable  # a second derivative would lack H's
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, a, b, diagonal, h, *parts = ctx.saved_tensors
-        make, shape, kinds, scale, p, seed, way = ctx.made
-        need_x, _, _, need_a, need_b, need_l, *_ = ctx.needs_input_grad
+        again, make, shape, kinds, scale, p, seed, way = ctx.made
+        need_x, _, _, need_a, need_b, need_l, _ = ctx.needs_input_grad
         g = gradient if gradient.dim() == 2 else gradient.reshape(-1, gradient.shape[-1])
         dtype, launch, around, both = g.dtype, way is not None and way.spreads, None, None
         if way is not None:
@@ -236,14 +236,15 @@ class _Joined(torch.autograd.Function):
             else:
                 dx += dropped(inner.t() @ a, p, seed)
         if need_a:
-            x = parts[0] if make is None else make(*parts)
-            x = x if x.dim() == 2 else x.reshape(-1, shape[-1])
-            da = outer(inner, x if x.dtype == dtype else x.to(dtype), p, seed, launch)
+            x = parts[0] if again is None else again.take(make, parts, dtype)
+            da = outer(inner, x if x.dim() == 2 else x.reshape(-1, shape[-1]), p, seed, launch)
         if way is not None and way.border is not None:
             way.border.again = True
         dx = dx if dx is None else dx.view(shape)
-        dx, da, db, dl = (d if d is None or d.dtype == k else d.to(k) for d, k in zip((dx, da, db, dl), kinds, strict=True))
-        return dx, None, None, da, db, dl, None, None, None
+        dx, da, db, dl = (
+            d if d is None or d.dtype == k else d.to(k) for d, k in zip((dx, da, db, dl), kinds, strict=True)
+        )
+        return dx, None, None, da, db, dl, None
 
 
 def _still(way: _Way, weight: Tensor, p: float) -> Border | None:

@@ -188,14 +188,15 @@ class _Update(torch.autograd.Function):
             h if needed[3] or needed[4] else None,
             *(recipe.parts if needed[2] else ()),
         )
-        ctx.made = recipe.make, x.shape, kinds, scale, p, seed, launch
+        recipe.again.users += needed[2]
+        ctx.made = recipe.again, recipe.make, x.shape, kinds, scale, p, seed, launch
         return torch.ops.aten._unsafe_view(out, y.shape)  # type: ignore[no-any-return]  # a view could not be changed in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]  # a second derivative would lack H's
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         a, b, diagonal, h, *parts = ctx.saved_tensors
-        make, shape, kinds, scale, p, seed, launch = ctx.made
+        again, make, shape, kinds, scale, p, seed, launch = ctx.made
         needed = ctx.needs_input_grad
         g = gradient.reshape(-1, gradient.shape[-1])
         inner, db, dl = inner_gradients(g, b, diagonal, h, scale, needed[1:5], launch)
@@ -208,6 +209,6 @@ class _Update(torch.autograd.Function):
                 dx = dropped(inner.t() @ a, p, seed)
             dx = dx.view(shape)
         if needed[2]:
-            da = outer(inner, make(*parts).reshape(-1, shape[-1]).to(g.dtype), p, seed, launch)
+            da = outer(inner, again.take(make, parts, g.dtype).reshape(-1, shape[-1]), p, seed, launch)
         grads = (None if d is None else d.to(kind) for d, kind in zip((dx, da, db, dl), kinds, strict=True))
         return gradient if needed[0] else None, *grads, None, None, None, None, None

@@ -14,6 +14,7 @@ from lit_peft import LoRAConfig, make_lean
 from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.ops import border
 from lit_peft.ops.lora_linear import joins, lora_linear
+from lit_peft.ops.recipes import note, recipe_of
 from tests.ops.exact import TOLERANCE, adapted, agree, drawn, gradients
 
 
@@ -180,3 +181,25 @@ def test_operations_of_an_adapter_beside_its_layer() -> None:
             torch.autograd.grad(out, own, torch.ones(out.shape))
         seen.append(counted.seen)
     assert len(seen[1]) <= len(seen[0]) + 6, seen
+
+
+def test_an_input_is_made_again_once_for_all_that_need_it() -> None:
+    """Queries, keys and values are made of one normalised tensor; a second backward pass makes it again."""
+    (x, a, b), calls = parts_of(torch.float32), []
+
+    def double(part: Tensor) -> Tensor:
+        calls.append(part)
+        return part * 2
+
+    layers = [layer_of(torch.float32) for _ in range(3)]
+    made = x * 2
+    note(made, x, make=double)
+    out = sum(lora_linear(made, layer, a, b, 0.5).sin().sum() for layer in layers)
+    exact = sum((layer(x * 2) + 0.5 * F.linear(F.linear(x * 2, a), b)).sin().sum() for layer in layers)
+    wanted = torch.autograd.grad(exact, [x, a, b])  # type: ignore[arg-type]
+    for times in (1, 4):
+        found = torch.autograd.grad(out, [x, a, b], retain_graph=True)  # type: ignore[arg-type]
+        assert len(calls) == times
+        for mine, theirs in zip(found, wanted, strict=True):
+            agree(mine, theirs, 1e-5)
+    assert recipe_of(made).again.made is None
