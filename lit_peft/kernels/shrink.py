@@ -92,7 +92,7 @@ def shrink_kernel(
 
 def padded(r: int) -> int:
     """Return the width of the blocks that hold a rank."""
-    return max(16, 1 << (r - 1).bit_length()) if r else 16
+    return max(16, 1 << (r - 1).bit_length())
 
 
 def blocks(r: int, itemsize: int, dropped: bool = False) -> dict[str, Any]:
@@ -109,7 +109,8 @@ def parts(rows: int, width: int, device: Any, block: dict[str, Any]) -> int:
     if device.type != "cuda":
         return 1
     there = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(there // triton.cdiv(rows, block["BM"]), width // (4 * block["BK"])))
+    found: int = min(there // triton.cdiv(rows, block["BM"]), width // (4 * block["BK"]))
+    return max(1, found)
 
 
 def precision() -> str:

@@ -186,8 +186,7 @@ class _Joined(torch.autograd.Function):
             out = torch.mm(rows, turned) if bias is None else torch.addmm(bias, rows, turned)
             out.addmm_(inner, b.t(), alpha=scale)
         else:
-            if not launch:
-                both = borders.packed(rows, inner, scale, around.width)
+            both = borders.packed(rows, inner, scale, around.width) if both is None else both
             out = borders.forward_product(weight, around.width, both, bias)
         ctx.save_for_backward(
             weight if needed[0] else None,
