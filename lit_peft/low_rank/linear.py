@@ -94,15 +94,17 @@ class LoRALinear(AdditiveLinear):
 
     def joined(self, name: str, x: Tensor) -> Tensor | None:
         """Return x W^T + c + s dropout(x) A^T B^T, where the base is a plain linear layer."""
-        if not joins(self.base, x) or type(self).change is not LoRALinear.change:
+        base = self._modules["base"]
+        if type(self).change is not LoRALinear.change or base is None or not joins(base, x):
             return None
         config: LoRAConfig = self.configs[name]
-        dropout = config.dropout if self.training else 0.0
-        return lora_linear(x, self.base, *self.pair(name), config.scale, dropout=dropout)
+        a, b = self.pair(name)
+        return lora_linear(x, base, a, b, config.scale, dropout=config.dropout if self.training else 0.0)
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A (rank, in) and B (out, rank) as they are multiplied."""
-        return self.lora_a[name], self.lora_b[name]
+        own: Any = self._modules  # not `self.lora_a[name]`: on small models looking that up takes longer than a product
+        return own["lora_a"]._parameters[name], own["lora_b"]._parameters[name]
 
     def delta(self, name: str) -> Tensor:
         """Return the change of the weight s B A, (out, in), in float32."""

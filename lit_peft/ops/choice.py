@@ -25,9 +25,12 @@ CROSSOVERS = Path(__file__).parent / "crossovers.json"
 
 def kernels_run(device: torch.device) -> bool:
     """Return whether Triton kernels can run there: on CUDA, or anywhere in Triton's interpreter (for tests)."""
-    if find_spec("triton") is None:
-        return False
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and _installed()
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def takes_kernel(op: str, x: Tensor, kernels: bool | None = None, **sizes: int) -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lit_peft.ops import border
 from lit_peft.ops.norm import rms_norm
 from lit_peft.ops.recipes import eager, note, recording
 
@@ -214,6 +215,7 @@ def make_lean(model: nn.Module) -> int:
             if module not in made:
                 made[module] = kind(module)
             _put(model, path, made[module])
+    border.allow(model)
     return sum(isinstance(module, Lean) for module in model.modules())
 
 
@@ -224,6 +226,7 @@ def make_plain(model: nn.Module) -> None:
             own = ("plain", "opened_by", "given", "mark", "refused", "known")
             module.plain.__dict__.update({key: value for key, value in module.__dict__.items() if key not in own})
             _put(model, path, module.plain)
+    border.undo(model)
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -9,13 +9,30 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(eq=False)
+class Again:
+    """A tensor that is made again, for several that need it: made for the first of them, let go with the last."""
+
+    users: int = 0
+    made: Tensor | None = None
+
+    def take(self, make: Callable[..., Tensor], parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return `make(*parts)` in a dtype; each of the users comes once."""
+        x = self.made
+        if x is None or x.dtype != dtype:
+            x = make(*parts).to(dtype)
+        self.users -= 1
+        self.made = x if self.users > 0 else None
+        return x
 
 
 @dataclass(frozen=True)
@@ -25,6 +42,7 @@ class Recipe:
     parts: tuple[Tensor, ...]
     make: Callable[..., Tensor]
     versions: tuple[int, ...] = ()  # of the tensor itself and of the parts
+    again: Again = field(default_factory=Again)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave it out of files and copies of its tensor: `torch.load` would refuse it."""
@@ -40,10 +58,27 @@ def note(x: Tensor, *parts: Tensor, make: Callable[..., Tensor]) -> Tensor:
 
 def recipe_of(x: Tensor) -> Recipe:
     """Return how to make x; a tensor without a recipe, or changed in place since, or its parts, is its own part."""
+    return noted(x) or Recipe((x,), _itself)
+
+
+def noted(x: Tensor) -> Recipe | None:
+    """Return the recipe that x came with, if neither x nor its parts were changed in place since."""
     recipe = getattr(x, "_recipe", None)
     if isinstance(recipe, Recipe) and recipe.versions == tuple(tensor._version for tensor in (x, *recipe.parts)):
         return recipe
-    return Recipe((x,), _itself)
+    return None
+
+
+def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in another dtype, without gradients: the same copy to all that ask while x is what it was."""
+    if x.dtype == dtype:
+        return x.detach()
+    kept: tuple[int, Tensor] | None = getattr(x, "_copy", None)
+    if kept is None or kept[0] != x._version or kept[1].dtype != dtype:
+        kept = x._version, x.detach().to(dtype)
+        if torch.is_grad_enabled():  # queries, keys and values are made of one x: one copy serves, and is kept once
+            x._copy = kept  # type: ignore[attr-defined]
+    return kept[1]
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -74,4 +109,4 @@ def as_written(x: Tensor) -> AbstractContextManager[Any]:
 def autocasting(x: Tensor) -> bool:
     """Return whether autocast chooses the dtype of products on x's device."""
     kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return (kind in ("cuda", "cpu") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)

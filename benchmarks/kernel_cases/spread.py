@@ -1,0 +1,42 @@
+"""The backward pass of a low-rank update alone: both narrow products in one read of the gradient."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernel_cases import Case
+from lit_peft.ops.low_rank import inner_gradients
+
+SCALE = 2.0
+
+
+def run(g: Tensor, b: Tensor, h: Tensor, kernels: bool) -> Sequence[Tensor]:
+    """Returns P and dB: g (rows, out), B (out, r), H (r, rows)."""
+    inner, db, _ = inner_gradients(
+        g, b if kernels else b.to(g.dtype), None, h, SCALE, (True, True, True, False), kernels
+    )
+    assert db is not None
+    return inner, db
+
+
+def exact(g: Tensor, b: Tensor, h: Tensor) -> Sequence[Tensor]:
+    g, b, h = g.double(), b.double(), h.double()
+    return SCALE * (g @ b).t(), SCALE * g.t() @ h.t()
+
+
+def cases(small: bool) -> list[Case]:
+    sizes = [(9, 40)] if small else [(rows, width) for rows in (2048, 8192) for width in (2048, 4096, 14336)]
+
+    def case(rows: int, width: int) -> Case:
+        r = 16
+
+        def make(device: torch.device) -> list[Tensor]:
+            g = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+            h = torch.randn(r, rows, device=device, dtype=torch.bfloat16)
+            return [g, torch.randn(width, r, device=device), h]
+
+        moved = 2 * rows * width + 8 * r * width + 4 * rows * r
+        return Case("spread", {"rows": rows, "width": width, "r": r}, make, run, exact, moved, 4 * rows * width * r)
+
+    return [case(*size) for size in sizes]
