@@ -95,7 +95,7 @@ class LoRALinear(AdditiveLinear):
     def joined(self, name: str, x: Tensor) -> Tensor | None:
         """Return x W^T + c + s dropout(x) A^T B^T, where the base is a plain linear layer."""
         base = self._modules["base"]
-        if type(self).change is not LoRALinear.change or base is None or not joins(base, x):
+        if type(self).change is not LoRALinear.change or base is None or not joins(base, x, casts=True):
             return None
         config: LoRAConfig = self.configs[name]
         a, b = self.pair(name)

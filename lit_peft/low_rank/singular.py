@@ -71,7 +71,7 @@ class AdaLoRALinear(AdditiveLinear):
 
     def joined(self, name: str, x: Tensor) -> Tensor | None:
         """Return x W^T + c + s P (lambda * (Q dropout(x))), where the base is a plain linear layer."""
-        if not joins(self.base, x) or type(self).change is not AdaLoRALinear.change:
+        if not joins(self.base, x, casts=True) or type(self).change is not AdaLoRALinear.change:
             return None
         config: AdaLoRAConfig = self.configs[name]
         p, scale, q = self.adalora_p[name], self.adalora_lambda[name], self.adalora_q[name]

@@ -37,9 +37,15 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # which autocast casts
 
 
-def joins(base: nn.Module, x: Tensor) -> TypeGuard[nn.Linear]:
-    """Return whether `lora_linear` may stand for a call of the base: a plain frozen `nn.Linear`, watched by nobody."""
-    if type(base) is not nn.Linear or not recording():
+def joins(base: nn.Module, x: Tensor, *, casts: bool = False) -> TypeGuard[nn.Linear]:
+    """Return whether one function may stand for a call of the base: a plain frozen `nn.Linear`, watched by nobody.
+
+    Args:
+        base: the layer.
+        x: its input.
+        casts: whether the function does under autocast what autocast does, as `lora_linear`.
+    """
+    if type(base) is not nn.Linear or not recording() or (autocasting(x) and not casts):
         return False
     weight, bias = base._parameters["weight"], base._parameters["bias"]
     return (

@@ -46,7 +46,7 @@ def test_autocast(kind: torch.dtype, dtype: torch.dtype, x_dtype: torch.dtype, b
     if lined:
         border.surround(layer, 3)
     with torch.autocast("cpu", dtype=kind):
-        assert joins(layer, parts[0])
+        assert joins(layer, parts[0], casts=True)
         found = trained(lora_linear(parts[0], layer, parts[1], parts[2], 0.5), parts)
         plain = trained(layer(parts[0]) + 0.5 * F.linear(F.linear(parts[0], parts[1]), parts[2]), parts)
     for mine, theirs, right in zip(found, plain, wanted, strict=True):
@@ -58,11 +58,11 @@ def test_autocast(kind: torch.dtype, dtype: torch.dtype, x_dtype: torch.dtype, b
 def test_autocast_off_inside_and_double_precision() -> None:
     layer, parts = layer_of(torch.float64), parts_of(torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not joins(layer, parts[0])  # autocast leaves float64 alone
-        assert not joins(layer_of(torch.float32), parts[0])
+        assert not joins(layer, parts[0], casts=True)  # autocast leaves float64 alone
+        assert not joins(layer_of(torch.float32), parts[0], casts=True)
         with torch.autocast("cpu", enabled=False):
-            assert joins(layer, parts[0])
-            assert not joins(layer, parts[0].float())
+            assert joins(layer, parts[0], casts=True)
+            assert not joins(layer, parts[0].float(), casts=True)
 
 
 def kept_by(run: Callable[[], Any]) -> int:
