@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.ops.choice import takes_kernel
-from lit_peft.ops.recipes import eager
 
 BLOCK, GROUP = 64, 256
 ALIGNED = 16  # bytes: CUDA kernels read that much at once
@@ -127,14 +126,16 @@ def decode(
     """
     known = dtype if dtype in KNOWN else torch.float32  # bitsandbytes makes NaN of others, with no error
     close = into is None or into.stride(1) == 1
-    if dtype == known and close and takes_kernel("nf4", packed, kernels, weights=out * wide):
+    # a compiler sees bitsandbytes' operations
+    usual = dtype == known and close and not torch.compiler.is_compiling()
+    if usual and takes_kernel("nf4", packed, kernels, weights=out * wide):
         target = torch.empty(out, wide, dtype=dtype, device=packed.device) if into is None else into
         _decode_into(target, packed, double, rows)
         return target
     levels, small, numbers = parts(out, wide, double)
     largest = packed[numbers].view(torch.float32)
-    if not torch.compiler.is_compiling():  # which cannot look into it
-        codec()
+    if not torch.compiler.is_compiling():
+        codec()  # registers them
     ops = torch.ops.bitsandbytes
     if double:
         codes, scale = packed[small], largest[:-1]
@@ -161,7 +162,8 @@ def decoded(
 
     The kernel writes it into memory that is used again for the next weight. bitsandbytes allocates what it returns.
     """
-    if _is_real(packed) and eager() and dtype in KNOWN and takes_kernel("nf4", packed, kernels, weights=out * wide):
+    usual = _is_real(packed) and dtype in KNOWN and not torch.compiler.is_compiling()
+    if usual and takes_kernel("nf4", packed, kernels, weights=out * wide):
         with scratch(out * wide, dtype, packed.device) as memory:
             yield decode(packed, out, wide, double, dtype, into=memory.view(out, wide), kernels=True)
     else:
