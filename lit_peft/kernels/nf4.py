@@ -130,7 +130,9 @@ def nf4(
     )
 
 
-def _build(label: str, dtype: Any, wide: int = 4096, border: int = 0, nested: bool = True, scaled: bool = False) -> Build:
+def _build(
+    label: str, dtype: Any, wide: int = 4096, border: int = 0, nested: bool = True, scaled: bool = False
+) -> Build:
     flat = not (border or scaled)
     tensors = {"levels_ptr": tl.uint8, "small_ptr": tl.uint8, "scales_ptr": tl.float32, "pairs_ptr": tl.int64}
     whole = wide % 64 == 0

@@ -128,7 +128,8 @@ def decode(
     close = into is None or into.stride(1) == 1
     # a compiler sees bitsandbytes' operations
     usual = dtype == known and close and not torch.compiler.is_compiling()
-    if usual and takes_kernel("nf4", packed, kernels, weights=out * wide):
+    name = "nf4" if into is None or into.is_contiguous() else "nf4_bordered"
+    if usual and takes_kernel(name, packed, kernels, weights=out * wide):
         target = torch.empty(out, wide, dtype=dtype, device=packed.device) if into is None else into
         _decode_into(target, packed, double, rows)
         return target
@@ -139,9 +140,7 @@ def decode(
     ops = torch.ops.bitsandbytes
     if double:
         codes, scale = packed[small], largest[:-1]
-        largest = largest[-1] + ops.dequantize_blockwise.default(
-            codes, scale, values(packed), GROUP, torch.float32
-        )
+        largest = largest[-1] + ops.dequantize_blockwise.default(codes, scale, values(packed), GROUP, torch.float32)
     # On CPUs bitsandbytes decodes rows that end inside a block wrongly (0.50.2, no error), and compiles for those that
     # end inside a byte: they are decoded as one row of even length.
     even = [out, wide] if wide % BLOCK == 0 else [1, 2 * (levels.stop - levels.start)]

@@ -27,10 +27,14 @@ class NF4Layer(Protocol):
     """A layer as `lit_peft.quantised.linear.NF4Linear` is."""
 
     packed: nn.Parameter
-    bias: nn.Parameter | None
     out_features: int
     in_features: int
     double_quant: bool
+
+    @property
+    def bias(self) -> Tensor | None:
+        """c (out,)."""
+        ...
 
 
 def reference(x: Tensor, packed: Tensor, bias: Tensor | None, sizes: Sizes) -> Tensor:
@@ -72,7 +76,7 @@ def takes_few(x: Tensor, sizes: Sizes, kernels: bool | None = None) -> bool:
     """
     if x.device.type != "cuda" or (torch.is_grad_enabled() and x.requires_grad):
         return False
-    fits = sizes[2] and sizes[1] % BLOCK == 0 and x.dtype in KNOWN
+    fits = sizes[2] and sizes[1] % BLOCK == 0 and x.dtype in KNOWN and x.numel() > 0
     return fits and not (eager() and takes_kernel("nf4_product", x, kernels, rows=x.numel() // x.shape[-1]))
 
 
@@ -102,9 +106,7 @@ class _Product(torch.autograd.Function):
     """x W^T + c; a compiler goes through it too: of the plain form it might keep W."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, sizes: Sizes, kernels: bool | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, sizes: Sizes, kernels: bool | None) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.settings = sizes, kernels
         with decoded(packed, *sizes, x.dtype, kernels) as weight:
@@ -113,6 +115,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (packed,) = gradients, ctx.saved_tensors
+        sizes: Sizes
         sizes, kernels = ctx.settings
         for_x = None
         if ctx.needs_input_grad[0]:
@@ -224,6 +227,7 @@ class _Joined(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]  # a second derivative would lack H's
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         packed, a, b, diagonal, h, *parts = ctx.saved_tensors
+        sizes: Sizes
         make, shape, dtype, sizes, scale, p, seed, kernels = ctx.made
         needed = ctx.needs_input_grad
         g = gradient.reshape(-1, gradient.shape[-1])

@@ -36,7 +36,8 @@ def by_hand(packed: Tensor, out: int, wide: int, double: bool) -> Tensor:
         groups = c[:-1].repeat_interleave(256)[: small.stop - small.start]
         c = codec().create_dynamic_map()[packed[small].int()] * groups + c[-1]
     c = c.repeat_interleave(64)[: out * wide]
-    return (codec().get_4bit_type("nf4", device="cpu")[halves[: out * wide]] * c).view(out, wide)
+    known: Tensor = codec().get_4bit_type("nf4", device="cpu")
+    return (known[halves[: out * wide]] * c).view(out, wide)
 
 
 def weight_of(layer: NF4Linear) -> Tensor:
@@ -191,7 +192,9 @@ def qlora(tall: int = 12, wide: int = 64, **settings: Any) -> LoRALinear:
 
 
 def gradients(call: Callable[[Tensor], Tensor], layer: nn.Module, x: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(call(x).float().pow(2).sum(), [x, *(p for p in layer.parameters() if p.requires_grad)]))
+    return list(
+        torch.autograd.grad(call(x).float().pow(2).sum(), [x, *(p for p in layer.parameters() if p.requires_grad)])
+    )
 
 
 def exactly(layer: LoRALinear) -> Callable[[Tensor], Tensor]:
@@ -274,7 +277,7 @@ def saved(call: Callable[[], Tensor], known: list[Tensor]) -> int:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_what_is_kept(autocast: bool) -> None:
-    """H alone beside x, bytes and parameters; in bfloat16 also A and B as they are multiplied. Nothing as large as W."""
+    """H alone beside x, bytes and parameters; in bfloat16 also A and B as they are multiplied; never W."""
     rows, wide, tall = 32, 256, 192
     layer, x = qlora(tall, wide), drawn(rows, wide, dtype=torch.float32, seed=2)
 
