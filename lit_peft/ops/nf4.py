@@ -15,7 +15,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -208,8 +208,10 @@ def _decode_into(out: Tensor, packed: Tensor, double: bool, rows: Tensor | None)
     levels, small, numbers = parts(out.shape[0], out.shape[1], double)
     scales = packed[numbers].view(torch.float32)
     factors = None if rows is None else rows.float().contiguous()
-    small_c = packed[small] if double else None
-    nf4(packed[levels], small_c, scales, _pairs(packed.device), values(packed), factors, out)
+    arguments = packed[levels], packed[small] if double else None, scales, _pairs(packed.device), values(packed)
+    # launches go to the current device, which need not be the weight's
+    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+        nf4(*arguments, factors, out)
 
 
 @_decode_into.register_fake
