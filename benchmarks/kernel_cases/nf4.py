@@ -9,7 +9,8 @@ from torch import Tensor
 from benchmarks.kernel_cases import Case
 from lit_peft.ops.nf4 import decode, parts
 from lit_peft.ops.nf4_linear import nf4_linear
-from lit_peft.quantised.linear import codec, encode
+from lit_peft.ops.nf4_lora import nf4_lora_linear
+from lit_peft.quantised.linear import NF4Linear, codec, encode
 
 
 def weight_of(packed: Tensor, out: int, wide: int) -> Tensor:
@@ -58,11 +59,38 @@ def product(rows: int, out: int, wide: int) -> Case:
     return Case("nf4_product", {"rows": rows}, make, run, exact, moved, products=2 * rows * out * wide)
 
 
+def layer(rows: int, out: int, wide: int, r: int) -> Case:
+    """QLoRA's layer, forward and backward: with a border, or by plain operations."""
+
+    def make(device: torch.device) -> Sequence[Any]:
+        base = NF4Linear(torch.randn(out, wide, device=device))
+        shapes = (rows, wide), (r, wide), (out, r), (rows, out)
+        return base, *(torch.randn(*shape, device=device, dtype=torch.bfloat16) for shape in shapes)
+
+    def run(base: NF4Linear, x: Tensor, a: Tensor, b: Tensor, slope: Tensor, kernels: bool) -> Sequence[Tensor]:
+        inputs = [part.detach().requires_grad_() for part in (x, a, b)]
+        y = nf4_lora_linear(inputs[0], base, *inputs[1:], 0.5, kernels=kernels)
+        return y.detach(), *torch.autograd.grad(y, inputs, slope)
+
+    def exact(base: NF4Linear, x: Tensor, a: Tensor, b: Tensor, slope: Tensor) -> Sequence[Tensor]:
+        inputs = [part.detach().double().requires_grad_() for part in (x, a, b)]
+        weight = weight_of(base.packed.detach(), out, wide)
+        y = inputs[0] @ weight.t() + 0.5 * inputs[0] @ inputs[1].t() @ inputs[2].t()
+        return y.detach(), *torch.autograd.grad(y, inputs, slope.double())
+
+    moved = 2 * (out * wide // 2 + out * wide // 64) + 2 * 3 * rows * (out + wide)
+    sizes = {"rows": rows, "width": wide, "tall": out}
+    return Case(
+        "nf4_border", sizes, make, run, exact, moved, products=4 * rows * out * wide + 6 * rows * r * (out + wide)
+    )
+
+
 def cases(small: bool) -> list[Case]:
     if small:
-        return [decoding(6, 128, 0), decoding(6, 128, 8), product(3, 6, 64)]
+        return [decoding(6, 128, 0), decoding(6, 128, 8), product(3, 6, 64), layer(5, 24, 64, 3)]
     weights = [(2048, 2048), (4096, 4096), (14336, 4096)]
     return [
         *(decoding(*shape, border) for shape in weights for border in (0, 64)),
         *(product(rows, 4096, 4096) for rows in (1, 16, 64, 256, 512, 2048)),
+        *(layer(8192, *shape, 16) for shape in weights),
     ]

@@ -15,7 +15,7 @@ from lit_peft.combining import low_rank
 from lit_peft.low_rank.additive import AdditiveLinear
 from lit_peft.ops.lora_linear import joins, lora_linear
 from lit_peft.ops.low_rank import low_rank_update
-from lit_peft.ops.nf4_linear import joins_nf4, nf4_lora_linear
+from lit_peft.ops.nf4_lora import joins_nf4, nf4_lora_linear
 from lit_peft.structure import widths
 from lit_peft.targets import find
 

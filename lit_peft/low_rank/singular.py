@@ -13,7 +13,7 @@ from lit_peft.adapter import innermost
 from lit_peft.low_rank.additive import AdditiveLinear
 from lit_peft.ops.lora_linear import joins, lora_linear
 from lit_peft.ops.low_rank import low_rank_update
-from lit_peft.ops.nf4_linear import joins_nf4, nf4_lora_linear
+from lit_peft.ops.nf4_lora import joins_nf4, nf4_lora_linear
 from lit_peft.structure import widths
 
 if TYPE_CHECKING:

@@ -88,7 +88,7 @@ class NF4Linear(nn.Linear):
         (torch.Size([2, 48]), torch.Size([48, 64]))
     """
 
-    stores: ClassVar[str] = "nf4"  # so that `joins_nf4` knows it; a subclass may do something else
+    stores: ClassVar[str] = "nf4"  # so that `ops.nf4_lora` knows it; a subclass may do something else
     unmergeable: ClassVar[str] = (
         "A 4-bit base cannot be merged into in place: rounding it again would change it. Use `lit-peft merge`, "
         "write_merged or AdapterMerge, which fold into a dequantised copy, or load the base with quantize='none'."

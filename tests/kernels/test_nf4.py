@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_peft.ops import nf4
-from lit_peft.ops.low_rank import reference
-from lit_peft.ops.nf4 import decode
-from lit_peft.ops.nf4_linear import nf4_linear, nf4_lora_linear
+from lit_peft.ops.low_rank import drawn as seed_of
+from lit_peft.ops.low_rank import dropped, reference
+from lit_peft.ops.nf4 import decode, scratch
+from lit_peft.ops.nf4_linear import nf4_linear
+from lit_peft.ops.nf4_lora import nf4_lora_linear
 from lit_peft.quantised.linear import NF4Linear, encode
 from lit_peft.zoo import compose
 from tests.kernels.where import DEVICE
@@ -76,24 +78,42 @@ def test_layer(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     )
 
 
+# rows, in, out, r: with a border in both passes, in the forward pass alone, in the backward pass alone
+UPDATED = [(6, 96, 80, 7), (1, 33, 65, 8), (4, 64, 64, 64), (3, 32, 96, 16), (5, 64, 12, 1), (3, 70, 9, 16)]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "size", [(5, 64, 12, 1), (1, 33, 65, 7), (6, 96, 40, 8), (3, 70, 9, 16), (4, 64, 64, 64)], ids=str
-)
-def test_layer_with_an_update(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("size", UPDATED, ids=str)
+def test_layer_with_an_update(size: tuple[int, int, int, int], dtype: torch.dtype, dropout: float) -> None:
     rows, wide, tall, r = size
-    base = NF4Linear(drawn(tall, wide, dtype=torch.float32, seed=0).detach().to(DEVICE))
+    c = nn.Parameter(drawn(tall, dtype=dtype, seed=8).detach().to(DEVICE), requires_grad=False)
+    base = NF4Linear(drawn(tall, wide, dtype=torch.float32, seed=0).detach().to(DEVICE), c)
     weight = base.dequantised(torch.float32).double()
     shapes = [(rows, wide), (r, wide), (tall, r), (r,)]
     inputs = [drawn(*s, dtype=dtype, seed=i).detach().to(DEVICE).requires_grad_() for i, s in enumerate(shapes)]
+    torch.manual_seed(0)
+    kept = dropped(torch.ones(rows, wide, dtype=dtype, device=DEVICE), dropout, seed_of(dropout)).double()
 
     def op(x: Tensor, a: Tensor, b: Tensor, diagonal: Tensor) -> Tensor:
-        return nf4_lora_linear(x, base, a, b, 0.5, diagonal=diagonal, kernels=True)
+        torch.manual_seed(0)
+        return nf4_lora_linear(x, base, a, b, 0.5, dropout=dropout, diagonal=diagonal, kernels=True)
 
     def plain(x: Tensor, a: Tensor, b: Tensor, diagonal: Tensor) -> Tensor:
-        return reference(x @ weight.t(), x, a, b, 0.5, diagonal)
+        return reference(x @ weight.t() + c.double(), x * kept, a, b, 0.5, diagonal)
 
     both(op, plain, inputs, TOLERANCE[dtype])
+
+
+def test_the_border_holds_nothing_of_the_layer_before() -> None:
+    """The memory of a wide update, full of numbers that are not finite, is used for a narrow one."""
+    base = NF4Linear(torch.eye(64, device=DEVICE))
+    x, a, b = (torch.ones(*shape, device=DEVICE, requires_grad=True) for shape in ((2, 64), (1, 64), (64, 1)))
+    with scratch(64 * 256, torch.float32, x.device) as memory:
+        memory.fill_(torch.nan)
+    out = nf4_lora_linear(x, base, a, b, 1.0, kernels=True)
+    agree(out, torch.full((2, 64), 65.0), 1e-6)
+    agree(torch.autograd.grad(out.sum(), x)[0], torch.full((2, 64), 65.0), 1e-6)
 
 
 def test_again_in_one_graph_under_checkpointing_and_from_uneven_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +131,7 @@ def test_again_in_one_graph_under_checkpointing_and_from_uneven_memory(monkeypat
     monkeypatch.setenv("LIT_PEFT_KERNELS", "1")
     nf4._FREE.clear()
     found = gradients(run, layers, x)
-    assert [memory.numel() for memory in nf4._FREE.values()] == [64 * 64]
+    assert [memory.numel() for memory in nf4._FREE.values()] == [64 * (64 + 64)]  # with the border
     monkeypatch.setenv("LIT_PEFT_KERNELS", "0")
     for got, wanted in zip(found, gradients(run, layers, x), strict=True):
         agree(got, wanted, 1e-5)
