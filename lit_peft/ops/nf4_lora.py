@@ -113,6 +113,7 @@ class _Joined(torch.autograd.Function):
         diagonal: Tensor | None,
         call: tuple[Any, ...],
     ) -> Tensor:
+        sizes: Sizes
         sizes, dtype, scale, p, seed, recipe, kernels = call
         need_x, _, _, need_a, need_b, need_l, _ = ctx.needs_input_grad
         with as_written(x):
@@ -143,6 +144,7 @@ class _Joined(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]  # a second derivative would lack H's
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         packed, a, b, diagonal, h, *parts = ctx.saved_tensors
+        sizes: Sizes
         make, shape, kind, sizes, scale, p, seed, kernels = ctx.made
         need_x, _, _, need_a, need_b, need_l, _ = ctx.needs_input_grad
         g = gradient.reshape(-1, gradient.shape[-1])

@@ -3,15 +3,17 @@
 import copy
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_peft import AdaLoRAConfig, LoRAConfig
+from lit_peft import AdaLoRAConfig, LoRAConfig, make_lean, place
 from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.low_rank.singular import AdaLoRALinear
 from lit_peft.ops import low_rank, nf4
@@ -22,6 +24,8 @@ from lit_peft.ops.norm import rms_norm
 from lit_peft.quantised.linear import NF4Linear, encode
 from tests.ops.exact import TOLERANCE, agree, drawn
 from tests.ops.test_low_rank import both
+from tests.ops.test_memory import SHAPES as MODELS
+from tests.ops.test_memory import TOKENS, Live
 
 SHAPES = [(64, 64), (16, 32), (5, 130), (3, 5), (33, 31), (1, 1), (7, 64), (9, 192), (300, 64)]  # out, in
 SIZES = [(5, 7, 3, 1), (1, 33, 65, 7), (17, 64, 31, 16), (8, 9, 9, 8), (70, 96, 80, 64)]  # rows, in, out, r
@@ -362,6 +366,27 @@ def test_joined_only_where_that_is_the_same() -> None:
         assert not joins_nf4(plain.base, x)
 
 
+def test_layers_that_fsdp_shards_again_after_each_pass() -> None:
+    """The bytes are saved while they are whole, and are whole again when the backward pass comes to them."""
+    from torch.distributed.fsdp import fully_shard
+
+    plain, x = nn.Sequential(qlora(64, 64), qlora(64, 64)), drawn(3, 64, dtype=torch.float32, seed=2)
+    wanted = gradients(plain, plain, x)[1:]
+    model = copy.deepcopy(plain)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for layer in (*model, model):
+            fully_shard(layer, reshard_after_forward=True)
+        y = model(x)
+        assert type(y.grad_fn).__name__ == "_JoinedBackward"
+        y.pow(2).sum().backward()
+        found: list[Any] = [p.grad for p in model.parameters() if p.grad is not None]
+        for got, right in zip(found, wanted, strict=True):
+            agree(got.full_tensor(), right, 1e-6)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_adalora_is_joined_too() -> None:
     layer = AdaLoRALinear(NF4Linear(torch.randn(12, 64)), AdaLoRAConfig(init_r=2, target_r=1))
     nn.init.normal_(layer.adalora_lambda["default"])
@@ -369,3 +394,37 @@ def test_adalora_is_joined_too() -> None:
     joined = layer.joined("default", x)
     assert joined is not None
     agree(joined, layer.change("default", x, layer.base(x)), 1e-6)
+
+
+def test_eight_billion_in_four_bits() -> None:
+    """A decoder layer of true shapes keeps what LoRA keeps on plain weights: 23 bytes a token and width, and rank r."""
+
+    def kept(layers: int) -> int:
+        width, inner, heads, shared = MODELS["8B"]
+        sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": 32}
+        with torch.device("meta"):
+            config = LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=shared)
+            model: Any = LlamaForCausalLM(config).to(torch.bfloat16).requires_grad_(False)
+
+        def packed(base: nn.Module) -> LoRALinear:
+            shape = cast(nn.Linear, base).weight.shape
+            empty = torch.empty(parts(*shape, True)[2].stop, dtype=torch.uint8, device="meta")
+            return LoRALinear(NF4Linear.of(empty, shape, torch.bfloat16), LoRAConfig(r=16))
+
+        place(model, lambda path, _: path.endswith("_proj"), packed)
+        make_lean(model)
+        with FakeTensorMode():
+            for module in model.modules():
+                for key, old in list(module._parameters.items()):
+                    if old is not None:
+                        new = torch.empty(old.shape, dtype=old.dtype)
+                        module._parameters[key] = nn.Parameter(new, requires_grad=old.requires_grad)
+            h = torch.empty(1, TOKENS, width, dtype=torch.bfloat16)
+            turns = tuple(torch.empty(1, TOKENS, width // heads, dtype=torch.bfloat16) for _ in range(2))
+            with Live([h, *turns, *model.parameters()]) as live:
+                for layer in model.model.layers:
+                    h = layer(h, position_embeddings=turns)
+                    h = h[0] if isinstance(h, tuple) else h
+                return live.bytes
+
+    assert (kept(3) - kept(2)) / TOKENS / MODELS["8B"][0] <= 24
