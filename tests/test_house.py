@@ -26,7 +26,7 @@ ROOMS = {
     "meaning": "adapter",
     "named": "selection adapter combining blocks",
     "weights": "",
-    "quantised": "sites",
+    "quantised": "sites ops",
     "structure": "",
     "backbone": "quantised",
     "facts": "",

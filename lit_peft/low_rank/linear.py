@@ -15,6 +15,7 @@ from lit_peft.combining import low_rank
 from lit_peft.low_rank.additive import AdditiveLinear
 from lit_peft.ops.lora_linear import joins, lora_linear
 from lit_peft.ops.low_rank import low_rank_update
+from lit_peft.ops.nf4_lora import joins_nf4, nf4_lora_linear
 from lit_peft.structure import widths
 from lit_peft.targets import find
 
@@ -93,13 +94,17 @@ class LoRALinear(AdditiveLinear):
         return low_rank_update(y, x, a, b, config.scale, dropout=config.dropout if self.training else 0.0)
 
     def joined(self, name: str, x: Tensor) -> Tensor | None:
-        """Return x W^T + c + s dropout(x) A^T B^T, where the base is a plain linear layer."""
+        """Return x W^T + c + s dropout(x) A^T B^T, where the base is a plain or quantised linear layer."""
         base = self._modules["base"]
-        if type(self).change is not LoRALinear.change or base is None or not joins(base, x, casts=True):
+        if type(self).change is not LoRALinear.change or base is None:
             return None
         config: LoRAConfig = self.configs[name]
-        a, b = self.pair(name)
-        return lora_linear(x, base, a, b, config.scale, dropout=config.dropout if self.training else 0.0)
+        dropout = config.dropout if self.training else 0.0
+        if joins(base, x, casts=True):
+            return lora_linear(x, base, *self.pair(name), config.scale, dropout=dropout)
+        if joins_nf4(base, x):
+            return nf4_lora_linear(x, base, *self.pair(name), config.scale, dropout=dropout)
+        return None
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A (rank, in) and B (out, rank) as they are multiplied."""

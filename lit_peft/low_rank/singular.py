@@ -13,6 +13,7 @@ from lit_peft.adapter import innermost
 from lit_peft.low_rank.additive import AdditiveLinear
 from lit_peft.ops.lora_linear import joins, lora_linear
 from lit_peft.ops.low_rank import low_rank_update
+from lit_peft.ops.nf4_lora import joins_nf4, nf4_lora_linear
 from lit_peft.structure import widths
 
 if TYPE_CHECKING:
@@ -70,13 +71,17 @@ class AdaLoRALinear(AdditiveLinear):
         return low_rank_update(y, x, q, p, config.scale, dropout=dropout, diagonal=scale)
 
     def joined(self, name: str, x: Tensor) -> Tensor | None:
-        """Return x W^T + c + s P (lambda * (Q dropout(x))), where the base is a plain linear layer."""
-        if not joins(self.base, x, casts=True) or type(self).change is not AdaLoRALinear.change:
+        """Return x W^T + c + s P (lambda * (Q dropout(x))), where the base is a plain or quantised linear layer."""
+        if type(self).change is not AdaLoRALinear.change:
             return None
         config: AdaLoRAConfig = self.configs[name]
         p, scale, q = self.adalora_p[name], self.adalora_lambda[name], self.adalora_q[name]
         dropout = config.dropout if self.training else 0.0
-        return lora_linear(x, self.base, q, p, config.scale, dropout=dropout, diagonal=scale)
+        if joins(self.base, x, casts=True):
+            return lora_linear(x, self.base, q, p, config.scale, dropout=dropout, diagonal=scale)
+        if joins_nf4(self.base, x):
+            return nf4_lora_linear(x, self.base, q, p, config.scale, dropout=dropout, diagonal=scale)
+        return None
 
     def delta(self, name: str) -> Tensor:
         """Return s P diag(lambda) Q, (out, in), in float32."""

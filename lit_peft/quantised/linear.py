@@ -15,65 +15,19 @@ some CPUs, after which gradients were silently wrong.
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Sequence
-from functools import cache
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-BLOCK, GROUP = 64, 256
-ALIGNED = 16  # bytes: CUDA kernels read that much at once
-KNOWN = (torch.float32, torch.bfloat16, torch.float16)  # dtypes that bitsandbytes reads and writes
-
-
-@cache
-def codec() -> Any:
-    """Return `bitsandbytes.functional`, imported when it is first needed.
-
-    Raises:
-        ValueError: if bitsandbytes is not installed.
-    """
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level, unloaded = log.level, "bitsandbytes" not in sys.modules and "kernels" not in sys.modules
-    # On some CPUs the import would fetch a kernel from the hub, or complain that it cannot; nothing here calls it.
-    log.setLevel(logging.ERROR)
-    if unloaded:
-        sys.modules["kernels"] = None  # type: ignore[assignment]
-    try:
-        import bitsandbytes.functional as functional
-    except ModuleNotFoundError as error:
-        raise ValueError("quantize='nf4' needs bitsandbytes. Run: pip install bitsandbytes") from error
-    finally:
-        log.setLevel(level)
-        if unloaded:
-            del sys.modules["kernels"]
-    return functional
-
-
-_MAPS: dict[torch.device, Tensor] = {}
-
-
-def _map(device: torch.device) -> Tensor:
-    """Return the 256 values (float32) that the 8-bit codes of the c stand for."""
-    if device not in _MAPS:
-        _MAPS[device] = codec().create_dynamic_map().to(device)
-    return _MAPS[device]
-
-
-def _parts(out: int, wide: int, double: bool) -> tuple[slice, slice, slice]:
-    """Return where levels, 8-bit c and float32 numbers lie in the bytes of a weight (out, wide)."""
-    blocks = -(-out * wide // BLOCK)
-    sizes = (-(-out * wide // 2), blocks if double else 0, 4 * (-(-blocks // GROUP) + 1 if double else blocks))
-    found, start = [], 0
-    for size in sizes:
-        found.append(slice(start, start + size))
-        start += -(-size // ALIGNED) * ALIGNED
-    return found[0], found[1], found[2]
+from lit_peft.ops.nf4 import BLOCK as BLOCK
+from lit_peft.ops.nf4 import GROUP as GROUP
+from lit_peft.ops.nf4 import KNOWN, decode, parts
+from lit_peft.ops.nf4 import codec as codec
+from lit_peft.ops.nf4_linear import Sizes, few_tokens, nf4_linear
+from lit_peft.ops.recipes import autocasting
 
 
 def encode(weight: Tensor, double_quant: bool = True) -> Tensor:
@@ -105,49 +59,13 @@ def packed_parts(shape: Sequence[int], levels: Tensor, small: Tensor | None, sca
         small: the 8-bit c of the blocks, uint8; None where they are not quantised.
         scales: float32: of the groups of c, and their mean; or the c themselves.
     """
-    parts = _parts(shape[0], shape[1], small is not None)
-    packed = torch.zeros(parts[2].stop, dtype=torch.uint8, device=levels.device)
-    packed[parts[0]] = levels
+    places = parts(shape[0], shape[1], small is not None)
+    packed = torch.zeros(places[2].stop, dtype=torch.uint8, device=levels.device)
+    packed[places[0]] = levels
     if small is not None:
-        packed[parts[1]] = small
-    packed[parts[2]] = scales.view(torch.uint8)
+        packed[places[1]] = small
+    packed[places[2]] = scales.view(torch.uint8)
     return packed
-
-
-def decode(packed: Tensor, out: int, wide: int, double_quant: bool, dtype: torch.dtype) -> Tensor:
-    """Return the weight (out, wide) that a string of bytes stands for; the inverse of `encode` up to its rounding."""
-    levels, small, numbers = _parts(out, wide, double_quant)
-    largest = packed[numbers].view(torch.float32)
-    ops = torch.ops.bitsandbytes
-    if double_quant:
-        codes, scale = packed[small], largest[:-1]
-        largest = largest[-1] + ops.dequantize_blockwise.default(
-            codes, scale, _map(packed.device), GROUP, torch.float32
-        )
-    # On CPUs bitsandbytes decodes rows that end inside a block wrongly (0.50.2, no error), and compiles for those that
-    # end inside a byte: they are decoded as one row of even length.
-    even = [out, wide] if wide % BLOCK == 0 else [1, 2 * (levels.stop - levels.start)]
-    known = dtype if dtype in KNOWN else torch.float32  # bitsandbytes makes NaN of others, with no error
-    weight: Tensor = ops.dequantize_4bit.default(packed[levels], largest, BLOCK, "nf4", even, known)
-    return weight.flatten()[: out * wide].view(out, wide).to(dtype)
-
-
-class _Product(torch.autograd.Function):
-    """x W^T + b with W decoded for the product; decoded again in the backward pass instead of being kept for it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Tensor | None, out: int, wide: int, double: bool) -> Tensor:
-        ctx.save_for_backward(packed)
-        ctx.sizes = out, wide, double
-        return F.linear(x, decode(packed, out, wide, double, x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,), (packed,) = gradients, ctx.saved_tensors
-        out, wide, double = ctx.sizes
-        for_x = gradient @ decode(packed, out, wide, double, gradient.dtype) if ctx.needs_input_grad[0] else None
-        for_bias = gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
-        return for_x, None, for_bias, None, None, None
 
 
 class NF4Linear(nn.Linear):
@@ -170,6 +88,7 @@ class NF4Linear(nn.Linear):
         (torch.Size([2, 48]), torch.Size([48, 64]))
     """
 
+    stores: ClassVar[str] = "nf4"  # so that `ops.nf4_lora` knows it; a subclass may do something else
     unmergeable: ClassVar[str] = (
         "A 4-bit base cannot be merged into in place: rounding it again would change it. Use `lit-peft merge`, "
         "write_merged or AdapterMerge, which fold into a dequantised copy, or load the base with quantize='none'."
@@ -228,39 +147,21 @@ class NF4Linear(nn.Linear):
         packed: Any = self.packed.detach()
         if hasattr(packed, "full_tensor"):
             packed = packed.full_tensor()
-        return decode(packed, self.out_features, self.in_features, self.double_quant, dtype or self.dtype)
+        return decode(packed, *self._sizes(), dtype or self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        if autocasting(x):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        sizes = self.out_features, self.in_features, self.double_quant
-        fits = self.double_quant and self.in_features % BLOCK == 0
-        if kind == "cuda" and fits and not (torch.is_grad_enabled() and x.requires_grad):
-            return self._fused(x, bias)
-        return cast(Tensor, _Product.apply(x, self.packed, bias, *sizes))  # type: ignore[no-untyped-call]
+        return nf4_linear(x, self.packed, bias, self._sizes())
+
+    def _sizes(self) -> Sizes:
+        return self.out_features, self.in_features, self.double_quant
 
     def _fused(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Multiply while decoding, which for few tokens (generating) is faster; without gradients."""
-        levels, small, numbers = _parts(self.out_features, self.in_features, True)
-        scales = self.packed[numbers].view(torch.float32)
-        return cast(
-            Tensor,
-            torch.ops.bitsandbytes.gemm_4bit.default(
-                x,
-                self.packed[levels].view(-1, 1),
-                [self.out_features, self.in_features],
-                scales[:-1],
-                BLOCK,
-                "nf4",
-                bias=bias,
-                absmax_8bit=self.packed[small],
-                absmax_code=_map(x.device),
-                absmax_offset=scales[-1],
-            ),
-        )
+        return few_tokens(x, self.packed, bias, self._sizes())
 
     def dense(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Return a plain layer of the same outputs: an `nn.Linear`, or the `Conv1D` that this was."""
