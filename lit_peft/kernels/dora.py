@@ -116,6 +116,11 @@ def turn_backward_kernel(
         tl.store(db_ptr + spot, db, mask=inside[:, None] & ranked[None, :])
 
 
+def rows_of(width: int) -> int:
+    """Return the rows of a tile, for numbers of some bytes: products in float32 run in registers, and need more."""
+    return 16 if width == 4 else ROWS
+
+
 def padded(r: int) -> int:
     """Return the number of rows that a product of rank r is computed with: tensor cores take 16 at least."""
     return max(16, triton.next_power_of_2(r))
@@ -124,8 +129,9 @@ def padded(r: int) -> int:
 def turn(out: Tensor, h: Tensor, b: Tensor, c: Tensor, bias: Tensor | None, scale: float) -> None:
     """Write b + c (out - b + s H^T B^T) into out: contiguous out (rows, width), H (r, rows), B (width, r), c (width,)."""
     rows, width = out.shape
-    grid = (triton.cdiv(width, COLUMNS), triton.cdiv(rows, ROWS))
-    sizes: dict[str, Any] = {"ROWS": ROWS, "COLUMNS": COLUMNS, "RANK": padded(len(h))}
+    tile = rows_of(out.element_size())
+    grid = (triton.cdiv(width, COLUMNS), triton.cdiv(rows, tile))
+    sizes: dict[str, Any] = {"ROWS": tile, "COLUMNS": COLUMNS, "RANK": padded(len(h))}
     biased = bias is not None
     turn_kernel[grid](
         out, h, b, c.float(), bias if biased else c, rows, width, len(h), scale, BIASED=biased, **sizes, **OPTIONS
@@ -145,7 +151,7 @@ def turn_backward(g: Tensor, y: Tensor | None, h: Tensor | None, bias: Tensor | 
     shares = triton.cdiv(rows, share)
     db = torch.empty(shares, width, r, device=g.device, dtype=torch.float32)
     dm = torch.zeros(shares, width, device=g.device, dtype=torch.float32)
-    sizes: dict[str, Any] = {"ROWS": ROWS, "COLUMNS": COLUMNS, "RANK": padded(r)}
+    sizes: dict[str, Any] = {"ROWS": rows_of(g.element_size()), "COLUMNS": COLUMNS, "RANK": padded(r)}
     turn_backward_kernel[(triton.cdiv(width, COLUMNS), shares)](
         g,
         g if y is None else y,
@@ -172,7 +178,8 @@ def _builds() -> list[Build]:
         ("fp16, r 16", tl.float16, 16),
         ("fp32, r 16", tl.float32, 16),
     ):
-        common: dict[str, Any] = {"rows": 8192, "width": 4096, "r": r, "BIASED": False, "ROWS": ROWS}
+        common: dict[str, Any] = {"rows": 8192, "width": 4096, "r": r, "BIASED": False}
+        common["ROWS"] = rows_of(dtype.primitive_bitwidth // 8)
         common |= {"COLUMNS": COLUMNS, "RANK": padded(r), "h_ptr": dtype, "bias_ptr": dtype}
         forward = {"out_ptr": dtype, "b_ptr": dtype, "c_ptr": tl.float32, "scale": 0.5}
         backward = {"g_ptr": dtype, "y_ptr": dtype, "db_ptr": tl.float32, "dm_ptr": tl.float32}

@@ -7,7 +7,7 @@ For g the gradient of y, u = g c, P = s B^T u^T and H = A x^T (r, rows):
     dx = u W + P^T A        dA = P x        dB = s (H u)^T        dm = sum_t g (y - b) / m
 
 What is kept: x (or what it is made of, see `recipes`), H, and y, not W x: y is what many readers of a layer's output
-keep anyway. With more rows than inputs, c scales W for the product u W = g (c W), which is less to write than u.
+keep anyway. (Beside a large bias, in half precision, dm is as exact as the digits of y - b.) With more rows than inputs, c scales W for the product u W = g (c W), which is less to write than u.
 
 B A (out, in) is never formed: n_i^2 = |W_i|^2 + 2 s (B A)_i . W_i + s^2 |(B A)_i|^2, with the middle term from W A^T
 (out, r) and the last one from A A^T (r, r); see `row_norms` and `Norms`.
@@ -258,9 +258,12 @@ def _sides(
         db, dm = torch.ops.lit_peft.turn_backward(g.contiguous(), y, h, bias)
         db, dm = (None if h is None else db.mul_(scale)), (None if y is None else dm)
     elif y is not None:
-        dm = sums(g, y)
-        if bias is not None:
-            dm -= bias * g.sum(0, dtype=dm.dtype)
+        if bias is None or y.dtype.itemsize >= 4:
+            dm = sums(g, y)
+            if bias is not None:
+                dm -= bias * g.sum(0, dtype=dm.dtype)
+        else:  # products in half precision are rounded: the bias must be gone before
+            dm = sums(g, y - bias)
     return None if db is None else (db * c[:, None]).to(g.dtype), None if dm is None else dm.div_(c * n)
 
 
@@ -330,7 +333,7 @@ class Norms:
         n, kept_a, kept_b, key = found
         if key != _key(a, b, scale):
             return None
-        if a.device.type == "cpu":
+        if _compared(a):
             return n if torch.equal(a, kept_a) and torch.equal(b, kept_b) else None
         same = kept_a.data_ptr() == a.data_ptr() and kept_b.data_ptr() == b.data_ptr()
         return n if same and torch._C._current_graph_task_id() >= 0 else None
@@ -340,7 +343,7 @@ class Norms:
         if _plain(a, b) and not n.is_inference():
             # elsewhere not copies: held, so that no other tensor can take their place in memory
             pair = (a.detach(), b.detach())
-            kept_a, kept_b = (tensor.clone() for tensor in pair) if a.device.type == "cpu" else pair
+            kept_a, kept_b = (tensor.clone() for tensor in pair) if _compared(a) else pair
             self._found[name] = n, kept_a, kept_b, _key(a, b, scale)
 
     def drop(self, name: str) -> None:
@@ -353,8 +356,12 @@ def _plain(*tensors: Tensor) -> bool:
     return kinds and eager() and not any(tensor.is_meta or tensor.is_inference() for tensor in tensors)
 
 
+def _compared(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def _key(a: Tensor, b: Tensor, scale: float) -> tuple[Any, ...]:
-    versions = () if a.device.type == "cpu" else (a._version, b._version)
+    versions = () if _compared(a) else (a._version, b._version)
     return scale, a.shape, b.shape, a.dtype, b.dtype, a.device, b.device, *versions
 
 

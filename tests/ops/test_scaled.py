@@ -141,7 +141,8 @@ def test_a_model_is_what_it_is_without_the_ops(lean: bool, monkeypatch: pytest.M
     loss, mine = gradients(model, ids)
     monkeypatch.setenv("LIT_PEFT_KERNELS", "0")
     wanted, theirs = gradients(adapted(), ids)
-    agree(loss, wanted, 1e-12)
+    tolerance = 1e-5 if lean else 1e-12  # a norm computes in float32
+    agree(loss, wanted, tolerance)
     assert len(mine) == 6
     for one, other in zip(mine, theirs, strict=True):
-        agree(one, other, 1e-12)
+        agree(one, other, tolerance)
