@@ -127,7 +127,7 @@ def padded(r: int) -> int:
 
 
 def turn(out: Tensor, h: Tensor, b: Tensor, c: Tensor, bias: Tensor | None, scale: float) -> None:
-    """Write b + c (out - b + s H^T B^T) into out: contiguous out (rows, width), H (r, rows), B (width, r), c (width,)."""
+    """Write b + c (out - b + s H^T B^T) into out (rows, width), of H (r, rows), B (width, r), b and c (width,)."""
     rows, width = out.shape
     tile = rows_of(out.element_size())
     grid = (triton.cdiv(width, COLUMNS), triton.cdiv(rows, tile))
@@ -174,10 +174,9 @@ def turn_backward(g: Tensor, y: Tensor | None, h: Tensor | None, bias: Tensor | 
 
 def _builds() -> list[Build]:
     made = []
-    for label, dtype, r in (("bf16, r 16", tl.bfloat16, 16), ("bf16, r 64", tl.bfloat16, 64)) + (
-        ("fp16, r 16", tl.float16, 16),
-        ("fp32, r 16", tl.float32, 16),
-    ):
+    bf16, fp16, fp32 = tl.bfloat16, tl.float16, tl.float32
+    for name, dtype, r in (("bf16", bf16, 16), ("bf16", bf16, 64), ("fp16", fp16, 16), ("fp32", fp32, 16), ("fp32", fp32, 64)):
+        label = f"{name}, r {r}"
         common: dict[str, Any] = {"rows": 8192, "width": 4096, "r": r, "BIASED": False}
         common["ROWS"] = rows_of(dtype.primitive_bitwidth // 8)
         common |= {"COLUMNS": COLUMNS, "RANK": padded(r), "h_ptr": dtype, "bias_ptr": dtype}

@@ -151,7 +151,7 @@ class DoRALinear(LoRALinear):
         return torch.addmm(rows, h, b.t().to(y.dtype)).view(y.shape)
 
     def joined(self, name: str, x: Tensor) -> Tensor | None:
-        """Return the same from x alone, where the base is a plain linear layer, with no adapter below, and no dropout."""
+        """Return the same from x alone, where the base is a plain linear layer and nothing is dropped."""
         config: LoRAConfig = self.configs[name]
         if not joins(self.base, x) or (config.dropout and self.training) or type(self).change is not DoRALinear.change:
             return None

@@ -7,7 +7,8 @@ For g the gradient of y, u = g c, P = s B^T u^T and H = A x^T (r, rows):
     dx = u W + P^T A        dA = P x        dB = s (H u)^T        dm = sum_t g (y - b) / m
 
 What is kept: x (or what it is made of, see `recipes`), H, and y, not W x: y is what many readers of a layer's output
-keep anyway. (Beside a large bias, in half precision, dm is as exact as the digits of y - b.) With more rows than inputs, c scales W for the product u W = g (c W), which is less to write than u.
+keep anyway. (Beside a large bias, in half precision, dm is as exact as the digits of y - b.) With more rows than
+inputs, c scales W for the product u W = g (c W), which is less to write than u.
 
 B A (out, in) is never formed: n_i^2 = |W_i|^2 + 2 s (B A)_i . W_i + s^2 |(B A)_i|^2, with the middle term from W A^T
 (out, r) and the last one from A A^T (r, r); see `row_norms` and `Norms`.
@@ -25,6 +26,8 @@ from lit_peft.ops.choice import takes_kernel
 from lit_peft.ops.low_rank import inner_gradients
 from lit_peft.ops.recipes import Recipe, as_written, eager, recipe_of
 from lit_peft.ops.scaled import nonzero, sums
+
+MOST = 64  # the largest rank that the kernels take
 
 
 def exact(tensor: Tensor) -> Tensor:
@@ -76,7 +79,7 @@ def dora_linear(
         >>> bool((out == 2 * base(x)).all())
         True
     """
-    launch = takes_kernel("dora", x, kernels, rows=x.numel() // max(1, x.shape[-1])) and a.shape[0] <= 128
+    launch = takes_kernel("dora", x, kernels, rows=x.numel() // max(1, x.shape[-1])) and 0 < a.shape[0] <= MOST
     layer, factors = (base.weight, base.bias), (a.to(x.dtype), b.to(x.dtype), exact(m))
     out: Tensor = _Joined.apply(x, *layer, *factors, n, scale, recipe_of(x), launch)  # type: ignore[no-untyped-call]
     return out
