@@ -41,7 +41,7 @@ def cases(small: bool) -> list[Case]:
         # x, W and y forward; g, W, y and dx backward
         moved = 2 * (2 * rows * wide + 3 * rows * tall + 2 * wide * tall)
         products = 2 * rows * (2 * wide * tall + 3 * R * (wide + tall))
-        sizes = {"rows": rows, "in": wide, "out": tall}
+        sizes = {"rows": rows, "inputs": wide, "outputs": tall}
         return Case("dora", sizes, make, run, exact, moved=moved, products=products, tolerance=2e-2)
 
     return [case(*shape) for shape in shapes]

@@ -175,7 +175,13 @@ def turn_backward(g: Tensor, y: Tensor | None, h: Tensor | None, bias: Tensor | 
 def _builds() -> list[Build]:
     made = []
     bf16, fp16, fp32 = tl.bfloat16, tl.float16, tl.float32
-    for name, dtype, r in (("bf16", bf16, 16), ("bf16", bf16, 64), ("fp16", fp16, 16), ("fp32", fp32, 16), ("fp32", fp32, 64)):
+    for name, dtype, r in (
+        ("bf16", bf16, 16),
+        ("bf16", bf16, 64),
+        ("fp16", fp16, 16),
+        ("fp32", fp32, 16),
+        ("fp32", fp32, 64),
+    ):
         label = f"{name}, r {r}"
         common: dict[str, Any] = {"rows": 8192, "width": 4096, "r": r, "BIASED": False}
         common["ROWS"] = rows_of(dtype.primitive_bitwidth // 8)

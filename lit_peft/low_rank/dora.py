@@ -2,8 +2,8 @@
 
     y = b + (m / n) * (W x + s B A x),    n_i = |W_i + s (B A)_i|,    m (out,) starts at n
 
-n is a constant to the backward pass (section 4.3). B A (out, in) is never formed; `lit_peft.ops.dora` tells how n is
-worked out, and the gradients.
+n is a constant to the backward pass (section 4.3). B A (out, in) is never formed: `lit_peft.ops.row_norms` tells how n is
+worked out, `lit_peft.ops.dora` the gradients.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from lit_peft.adapter import Adapter, innermost
 from lit_peft.blocks import Entry, names_in
 from lit_peft.low_rank.linear import LoRALinear
-from lit_peft.ops.dora import Norms, dora_linear, dora_update, exact, row_norms
+from lit_peft.ops.dora import dora_linear, dora_update
 from lit_peft.ops.lora_linear import joins
 from lit_peft.ops.recipes import eager
+from lit_peft.ops.row_norms import Norms, exact, row_norms
 from lit_peft.selection import Rows, acting
 from lit_peft.structure import is_linear
 from lit_peft.weights import dense, fold

@@ -26,7 +26,8 @@ def reference(rows: Sequence[Tensor], columns: Sequence[Tensor] = ()) -> Tensor:
     """Return the sum of ||R R^T - I||^2 and ||C^T C - I||^2 with plain operations."""
     parts = []
     for matrix in [*rows, *(matrix.t() for matrix in columns)]:
-        gap = matrix @ matrix.t() - torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
+        with as_written(matrix):
+            gap = matrix @ matrix.t() - torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
         parts.append(gap.square().sum())
     return torch.stack(parts).sum() if parts else torch.zeros(())
 
@@ -58,7 +59,7 @@ def orthogonality(rows: Sequence[Tensor], columns: Sequence[Tensor] = (), *, ker
             parts.append(reference(wide, high))
             continue
         fits = all(m.dtype == torch.float32 and m.shape[t] <= MOST for m, t in zip(here, sides, strict=True))
-        launch = fits and takes_kernel("gram", here[0], kernels, matrices=len(here))
+        launch = fits and takes_kernel("gram", max(here, key=torch.Tensor.numel), kernels, matrices=len(here))
         parts.append(_Orthogonality.apply(sides, launch, *here))  # type: ignore[no-untyped-call]
     return torch.stack([part.to(parts[0].device) for part in parts]).sum() if parts else torch.zeros(())
 

@@ -87,7 +87,7 @@ def scaled_linear(
         >>> bool((scaled_linear(x, base, factor) == base(x) * factor).all())
         True
     """
-    launch = _launches(x, kernels)
+    launch = _launches(x, kernels, None if inside else len(factor))
     if inside:
         out: Tensor = _Inside.apply(x, base.weight, base.bias, factor, recipe_of(x), launch)  # type: ignore[no-untyped-call]
         return out
@@ -95,8 +95,9 @@ def scaled_linear(
     return out
 
 
-def _launches(x: Tensor, kernels: bool | None) -> bool:
-    return takes_kernel("scaled", x, kernels, rows=x.numel() // max(1, x.shape[-1]))
+def _launches(x: Tensor, kernels: bool | None, width: int | None = None) -> bool:
+    rows = x.numel() // max(1, x.shape[-1])
+    return takes_kernel("scaled", x, kernels, rows=rows, width=width or x.shape[-1])
 
 
 def _made(make: Any, *parts: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from lit_peft import LoRAConfig, add_adapter, place
 from lit_peft.adapter import merge, named_adapters
 from lit_peft.low_rank.dora import DoRALinear
-from lit_peft.ops import dora
-from lit_peft.ops.dora import dora_linear, dora_update, reference, row_norms
+from lit_peft.ops.dora import dora_linear, dora_update, reference
 from lit_peft.ops.lean import make_lean
+from lit_peft.ops.row_norms import row_norms
 from tests.ops.exact import TOLERANCE, agree, drawn, gradients, llama
 from tests.ops.test_scaled import layer
 
@@ -269,7 +269,7 @@ def test_norms_are_worked_out_once_a_step(counted: list[int]) -> None:
 
 def test_elsewhere_norms_are_handed_out_to_replays_only(counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """On devices where numbers cannot be compared without a stop, played by the CPU."""
-    monkeypatch.setattr(dora, "_compared", lambda tensor: False)
+    monkeypatch.setattr("lit_peft.ops.row_norms._compared", lambda tensor: False)
     made = adapter()
     counted.clear()
     x = torch.randn(4, 7, requires_grad=True)
