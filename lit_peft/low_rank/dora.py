@@ -2,8 +2,8 @@
 
     y = b + (m / n) * (W x + s B A x),    n_i = |W_i + s (B A)_i|,    m (out,) starts at n
 
-n is a constant to the backward pass (section 4.3). B A (out, in) is never formed: `lit_peft.ops.row_norms` tells how n is
-worked out, `lit_peft.ops.dora` the gradients.
+n is a constant to the backward pass (section 4.3). B A (out, in) is never formed: `lit_peft.ops.row_norms` tells how n
+is worked out, `lit_peft.ops.dora` the gradients.
 """
 
 from __future__ import annotations

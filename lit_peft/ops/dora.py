@@ -159,14 +159,17 @@ class _Joined(torch.autograd.Function):
         g = gradient.reshape(-1, gradient.shape[-1])
         dx = da = None
         turned = (c[:, None] * b).to(b.dtype)
-        wanted = needed[0], needed[3], needed[4] and not launch, False
-        inner, db, _ = inner_gradients(g, turned, None, h, scale, wanted)
-        db, dm = _sides(g, y, h, db, bias, c, n, scale, launch)
+        inner, db, _ = inner_gradients(
+            g, turned, None, h, scale, (needed[0], needed[3], needed[4] and not launch, False)
+        )
+        light = needed[0] and len(g) > shape[-1]  # c goes into W or into g, whichever is smaller
+        room = torch.empty_like(g) if needed[0] and not light else None
+        db, dm = _sides(g, y, h, db, bias, c, n, scale, launch, room)
         if needed[0]:
-            if len(g) > shape[-1]:  # c goes into W or into g, whichever is smaller
+            if light:
                 dx = g @ torch.mul(weight, c[:, None], out=torch.empty_like(weight))
             else:
-                dx = torch.mul(g, c, out=torch.empty_like(g)) @ weight
+                dx = torch.mul(g, c, out=room) @ weight
             dx = dx.addmm_(inner.t(), a).view(shape)
         if needed[3]:
             da = inner @ make(*parts).reshape(-1, shape[-1])
@@ -216,8 +219,9 @@ class _Update(torch.autograd.Function):
         dx = da = None
         turned = (c[:, None] * b).to(b.dtype)
         inner, db, _ = inner_gradients(g, turned, None, h, scale, (needed[1], needed[3], needed[4], False))
-        db, dm = _sides(g, y, h, db, bias, c, n, scale, launch=False)
-        dy = torch.mul(gradient, c, out=torch.empty_like(gradient)) if needed[0] else None
+        room = torch.empty_like(g) if needed[0] else None
+        db, dm = _sides(g, y, h, db, bias, c, n, scale, False, room)
+        dy = torch.mul(g, c, out=room).view(gradient.shape) if needed[0] else None
         if needed[1]:
             dx = (inner.t() @ a).view(shape).to(dtype)
         if needed[3]:
@@ -235,6 +239,7 @@ def _sides(
     n: Tensor,
     scale: float,
     launch: bool,
+    room: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return dB (out, r) and dm (out,), each where it is asked for.
 
@@ -248,6 +253,7 @@ def _sides(
         n: (out,).
         scale: s.
         launch: whether to take the kernel, which reads g once for both.
+        room: memory like g that may be overwritten, or None.
     """
     dm = None
     if y is not None:
@@ -257,11 +263,11 @@ def _sides(
         db, dm = (None if h is None else db.mul_(scale)), (None if y is None else dm)
     elif y is not None:
         if bias is None or y.dtype.itemsize >= 4:
-            dm = sums(g, y)
+            dm = sums(g, y, room)
             if bias is not None:
                 dm -= bias * g.sum(0, dtype=dm.dtype)
         else:  # products in half precision are rounded: the bias must be gone before
-            dm = sums(g, y - bias)
+            dm = sums(g, y - bias, room)
     return None if db is None else (db * c[:, None]).to(g.dtype), None if dm is None else dm.div_(c * n)
 
 

@@ -40,9 +40,10 @@ def row_norms(weight: Tensor, square: Tensor, a: Tensor, b: Tensor, scale: float
     """
     with as_written(weight):
         across = exact(a.to(weight.dtype) @ weight.t())  # A W^T, (r, out): see `low_rank` on narrow products
-        a, b = exact(a), exact(b).t()
-        found: Tensor = square + scale * (b * (2 * across + scale * (a @ a.t() @ b))).sum(0)
-    return found.clamp_min(torch.finfo(found.dtype).tiny).sqrt()
+        dtype = torch.promote_types(across.dtype, exact(b).dtype)
+        across, a, b = across.to(dtype), a.to(dtype), b.to(dtype).t()
+        found = torch.addmm(across, a @ a.t(), b, beta=2, alpha=scale).mul_(b).sum(0)
+        return found.mul_(scale).add_(square).clamp_min_(torch.finfo(found.dtype).tiny).sqrt_()
 
 
 class Norms:

@@ -110,13 +110,16 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def nonzero(factor: Tensor) -> Tensor:
-    """Return the factors (width,) with `TINY` for zero, so that what they multiply can be told from the product."""
-    return factor.masked_fill(factor.abs() < TINY, TINY)
+    """Return the factors (width,) with `TINY` for zero, so that what they multiply can be told from the product.
+
+    Any other factor is larger by far than the last digit of it that this could change.
+    """
+    return factor + TINY
 
 
-def sums(g: Tensor, z: Tensor) -> Tensor:
-    """Return sum_t g z (width,), in float32 or better, of g and z (rows, width)."""
-    return (g * z).sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
+def sums(g: Tensor, z: Tensor, room: Tensor | None = None) -> Tensor:
+    """Return sum_t g z (width,), in float32 or better, of g and z (rows, width); room like g is overwritten."""
+    return torch.mul(g, z, out=room).sum(0, dtype=torch.promote_types(g.dtype, torch.float32))
 
 
 def scale_and_sum(g: Tensor, z: Tensor | None, factor: Tensor, launch: bool, own: bool) -> tuple[Tensor, Tensor | None]:
@@ -132,8 +135,9 @@ def scale_and_sum(g: Tensor, z: Tensor | None, factor: Tensor, launch: bool, own
     if z is not None and launch:
         product, total = torch.ops.lit_peft.scale_and_sum(g.contiguous(), z.contiguous(), factor)
         return product, total
-    total = None if z is None else sums(g, z)
-    return torch.mul(g, factor, out=g if own else torch.empty_like(g)), total
+    product = torch.empty_like(g)  # one piece of memory for both products: it is still in the cache
+    total = None if z is None else sums(g, z, product)
+    return torch.mul(g, factor, out=g if own else product), total
 
 
 class _Scaled(torch.autograd.Function):
