@@ -2,11 +2,8 @@
 
     y = b + (m / n) * (W x + s B A x),    n_i = |W_i + s (B A)_i|,    m (out,) starts at n
 
-n is a constant to the backward pass (section 4.3). B A (out, in) is never formed:
-
-    n_i^2 = |W_i|^2 + 2 s (B A)_i . W_i + s^2 |(B A)_i|^2
-
-with |W_i|^2 kept, the middle term from W A^T (out, r) and the last one from A A^T (r, r).
+n is a constant to the backward pass (section 4.3). B A (out, in) is never formed: `lit_peft.ops.row_norms` tells how n
+is worked out, `lit_peft.ops.dora` the gradients.
 """
 
 from __future__ import annotations
@@ -20,6 +17,10 @@ from torch.nn import functional as F
 from lit_peft.adapter import Adapter, innermost
 from lit_peft.blocks import Entry, names_in
 from lit_peft.low_rank.linear import LoRALinear
+from lit_peft.ops.dora import dora_linear, dora_update
+from lit_peft.ops.lora_linear import joins
+from lit_peft.ops.recipes import eager
+from lit_peft.ops.row_norms import Norms, exact, row_norms
 from lit_peft.selection import Rows, acting
 from lit_peft.structure import is_linear
 from lit_peft.weights import dense, fold
@@ -60,33 +61,50 @@ class DoRALinear(LoRALinear):
             self.lora_magnitude = nn.ParameterDict()
             # A buffer, so that it moves with the layer; not in checkpoints, because the base tells it.
             self.register_buffer("dora_square", None, persistent=False)
+            self.norms = Norms()
         b = self.lora_b[name]
         if b.device.type == "meta":
             self.lora_magnitude[name] = nn.Parameter(torch.empty(b.shape[0], device="meta"))
         else:
-            self.lora_magnitude[name] = nn.Parameter(self.norm(name).to(b.dtype))
+            self.lora_magnitude[name] = nn.Parameter(self.norm(name).to(b.dtype, copy=True))
+
+    def remove(self, name: str) -> None:
+        """Delete one named set."""
+        super().remove(name)
+        self.norms.drop(name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move or cast the layer; what is kept of W in less than float32, or of no W, is worked out again."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.norms.forget()
         kept = self.dora_square
         if kept is not None and (kept.dtype.itemsize < 4 or kept.is_meta):
             self.dora_square = None
         return self
 
-    @torch.no_grad()
     def norm(self, name: str) -> Tensor:
-        """Return the row norms n (out,) of W + s B A, detached."""
-        weight = dense(innermost(self.base))
+        """Return the row norms n (out,) of W + s B A, detached; worked out when A, B or W have changed since."""
+        base = innermost(self.base)
+        a, b, scale = self.lora_a[name], self.lora_b[name], self.configs[name].scale
+        if torch.compiler.is_compiling():  # a graph cannot look at storages
+            with torch.no_grad():
+                return row_norms(dense(base), self._square(base), a, b, scale)
+        held = [part for key, part in base._parameters.items() if part is not None and key != "bias"]
+        if not self.norms.check(held):
+            self.dora_square = None
+        found = self.norms.get(name, a, b, scale)
+        if found is None:
+            # not as tensors of inference mode, which a later training step could not keep
+            with torch.inference_mode(False), torch.no_grad():
+                found = row_norms(dense(base), self._square(base), a, b, scale)
+            self.norms.put(name, a, b, scale, found)
+        return found
+
+    def _square(self, base: nn.Module) -> Tensor:
+        """Return |W_i|^2 (out,)."""
         if self.dora_square is None:
-            self.dora_square = torch.linalg.vector_norm(_exact(weight), dim=1).square()
-        s = self.configs[name].scale
-        with torch.autocast(weight.device.type, enabled=False):
-            a, b = self.lora_a[name], _exact(self.lora_b[name])
-            across = _exact(F.linear(weight, a.to(weight.dtype)))  # W A^T
-            a = _exact(a)
-            square: Tensor = self.dora_square + s * (b * (2 * across + s * (b @ (a @ a.t())))).sum(1)
-        return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
+            self.dora_square = torch.linalg.vector_norm(exact(dense(base)), dim=1).square()
+        return self.dora_square
 
     def _check_alone(self) -> None:
         choice = acting(self.scope)
@@ -114,24 +132,36 @@ class DoRALinear(LoRALinear):
         """
         self._check_alone()
         config: LoRAConfig = self.configs[name]
-        ratio = self.lora_magnitude[name] / self.norm(name)
+        a, b, m, n = self.lora_a[name], self.lora_b[name], self.lora_magnitude[name], self.norm(name)
         bias: Tensor | None = innermost(self.base).bias  # type: ignore[assignment]
+        dropped = config.dropout > 0 and self.training
+        if eager() and not dropped:
+            return dora_update(y, x, bias, a, b, m, n, config.scale)
+        ratio = m / n
         turned = y  # W x: what the ratio scales
-        if config.dropout and self.training:
+        if dropped:
             x = F.dropout(x, config.dropout)
             turned = self.base(x)
         if bias is not None:
             turned = turned - bias.to(y.dtype)
         # ratio - 1 keeps its digits in half precision, where the ratio itself would be rounded to 1
         y = torch.addcmul(y, turned, (ratio - 1).to(y.dtype))
-        h = F.linear(x, self.lora_a[name].to(x.dtype))
-        b = (ratio * config.scale)[:, None] * self.lora_b[name]
+        h = F.linear(x, a.to(x.dtype))
+        b = (ratio * config.scale)[:, None] * b
         rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]).to(y.dtype)
         return torch.addmm(rows, h, b.t().to(y.dtype)).view(y.shape)
 
+    def joined(self, name: str, x: Tensor) -> Tensor | None:
+        """Return the same from x alone, where the base is a plain linear layer and nothing is dropped."""
+        config: LoRAConfig = self.configs[name]
+        if not joins(self.base, x) or (config.dropout and self.training) or type(self).change is not DoRALinear.change:
+            return None
+        a, b, m = self.lora_a[name], self.lora_b[name], self.lora_magnitude[name]
+        return dora_linear(x, self.base, a, b, m, self.norm(name), config.scale)
+
     def delta(self, name: str) -> Tensor:
         """Return (m / n) (W + s B A) - W, (out, in), in float32 or better."""
-        weight = _exact(dense(innermost(self.base)))
+        weight = exact(dense(innermost(self.base)))
         turned = weight + super().delta(name).to(weight.device, weight.dtype)
         n = torch.linalg.vector_norm(turned, dim=1).clamp_min(torch.finfo(turned.dtype).tiny)
         delta: Tensor = (self.lora_magnitude[name] / n)[:, None] * turned - weight
@@ -150,15 +180,12 @@ class DoRALinear(LoRALinear):
             for name in chosen:
                 fold(self.base, self.delta(name))
                 self.dora_square = None  # W is another one now
+                self.norms.forget()
         return self.base
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return A, B and m under HF PEFT's names."""
         return {**super().tensors(name), "lora_magnitude_vector": self.lora_magnitude[name].detach()}
-
-
-def _exact(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _most(inner: list[str], entry: Entry) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_peft.adapter import innermost
 from lit_peft.low_rank.additive import AdditiveLinear
+from lit_peft.ops.gram import orthogonality
 from lit_peft.ops.lora_linear import joins, lora_linear
 from lit_peft.ops.low_rank import low_rank_update
 from lit_peft.ops.nf4_lora import joins_nf4, nf4_lora_linear
@@ -168,23 +169,18 @@ def penalty(adapters: Iterable[AdaLoRALinear]) -> Tensor:
 
     Squared Frobenius norms, summed over layers, as the paper writes it. (The authors' code and HF PEFT average norms
     that are not squared. Those have a gradient of constant length right up to the optimum, around which it swings; and
-    a sum asks the same of each layer however many there are.) In float32 under every precision; matrices of one shape
-    are multiplied together.
+    a sum asks the same of each layer however many there are.) In float32 under every precision, as one function for
+    all layers: see `lit_peft.ops.gram`.
     """
-    found: dict[tuple[int, ...], list[Tensor]] = {}
+    rows: list[Tensor] = []
+    columns: list[Tensor] = []
     for adapter in adapters:
         for name in adapter.chosen():
             p, q = adapter.adalora_p[name], adapter.adalora_q[name]
             if p.requires_grad:
-                for rows in (_whole(p).float().t(), _whole(q).float()):
-                    found.setdefault(tuple(rows.shape), []).append(rows)
-    parts: list[Tensor] = []
-    for (rank, _), group in found.items():
-        rows = torch.stack(group)
-        with torch.autocast(rows.device.type, enabled=False):
-            gap = rows @ rows.transpose(1, 2) - torch.eye(rank, device=rows.device)
-        parts.append(gap.square().sum())
-    return torch.stack([part.to(parts[0].device) for part in parts]).sum() if parts else torch.zeros(())
+                rows.append(_whole(q).float())
+                columns.append(_whole(p).float())
+    return orthogonality(rows, columns)
 
 
 def _whole(parameter: Tensor) -> Tensor:

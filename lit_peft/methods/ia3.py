@@ -22,6 +22,9 @@ from lit_peft.adapter import Adapter, innermost, named_adapters
 from lit_peft.combining import weighted
 from lit_peft.methods.ia3_sites import PEFT_TARGETS, Scaled, t_few
 from lit_peft.mixin import PEFT
+from lit_peft.ops.lora_linear import joins
+from lit_peft.ops.recipes import recording
+from lit_peft.ops.scaled import reference, scaled, scaled_linear, scaled_output
 from lit_peft.placing import join
 from lit_peft.sites import layer_index, match, widths
 from lit_peft.targets import KEYS, bare, stored_targets
@@ -179,11 +182,15 @@ class IA3Linear(Adapter):
         factor = self._factor(x)
         if factor is None:
             return self.base(x, *args, **kwargs)  # type: ignore[no-any-return]
-        # In float32, rounded once: bfloat16 has no number between 1 and 1.0078, and training moves l by less.
-        if next(iter(self.configs.values())).feedforward:
-            return self.base((x * factor).to(x.dtype), *args, **kwargs)  # type: ignore[no-any-return]
+        inside = next(iter(self.configs.values())).feedforward
+        whole = factor.ndim == 1 and recording()  # one factor for all rows
+        if whole and not (args or kwargs) and joins(self.base, x):
+            return scaled_linear(x, self.base, factor, inside=inside)
+        if inside:
+            scaled_x = scaled(x, factor) if whole else reference(x, factor)
+            return self.base(scaled_x, *args, **kwargs)  # type: ignore[no-any-return]
         y: Tensor = self.base(x, *args, **kwargs)
-        return (y * factor).to(y.dtype)
+        return scaled_output(y, factor) if whole else reference(y, factor)
 
     def _factor(self, x: Tensor) -> Tensor | None:
         """Return the product of the acting sets' factors, (width,), or (rows, 1, ..., width) where rows are routed."""
