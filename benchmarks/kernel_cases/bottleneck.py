@@ -41,7 +41,7 @@ def cases(small: bool) -> list[Case]:
         moved = 2 * (rows * width * (5 if behind else 6) + 4 * inner * width)
         return Case(
             "bottleneck",
-            {"rows": rows, "width": width, "inner": inner, "behind": behind},
+            {"rows": rows, "width": width, "inner": inner, "behind": int(behind)},
             make,
             partial(run, behind=behind),
             partial(exact, behind=behind),

@@ -130,10 +130,10 @@ def bottleneck(
     weights = [weight.to(dtype) for weight in (down, down_bias, up, up_bias)]
     rows = None if gate is None else gate.to(dtype).expand(*x.shape[:-1], 1).reshape(-1)
     launch = not dropout and len(down) <= WIDEST and x.dtype == dtype and (y is None or y.dtype == dtype)
-    if launch:
-        sizes = {"rows": x.numel() // x.shape[-1], "width": x.shape[-1], "inner": len(down)}
-        launch = takes_kernel("bottleneck", x, kernels, **sizes)
     same = y is x
+    if launch:
+        sizes = {"rows": x.numel() // x.shape[-1], "width": x.shape[-1], "inner": len(down), "behind": int(same)}
+        launch = takes_kernel("bottleneck", x, kernels, **sizes)
     settings = (FORMULAS[activation], float(scale), dropout, drawn(dropout), recipe_of(x), same, launch)
     out: Tensor = _Bottleneck.apply(None if same else y, x, *weights, rows, *settings)  # type: ignore[no-untyped-call]
     return out

@@ -121,7 +121,9 @@ def _apply(
     dtype = x.dtype if y is None else y.dtype
     launch = eager() and kind == 6 and not dropout and x.dtype == dtype
     if launch:
-        launch = takes_kernel("mora", x, kernels, rows=x.numel() // x.shape[-1], width=x.shape[-1])
+        outputs = len(weight) if y is None and weight is not None else y.shape[-1]
+        sizes = {"rows": x.numel() // x.shape[-1], "width": x.shape[-1], "outputs": outputs}
+        launch = takes_kernel("mora", x, kernels, **sizes)
     if y is not None and (not eager() or not (torch.is_grad_enabled() or dropout or launch)):
         return reference(y, F.dropout(x, dropout) if dropout else x, m, kind, turn)
     settings = (dropout, drawn(dropout), recipe_of(x), launch)

@@ -71,7 +71,9 @@ def edit_rows(
     # cast out here, so that the gradients come back in the parameters' dtype
     weights = [weight.to(h.dtype) for weight in (matrix, bias, rotation)]
     launch = not dropout and len(rows) > 0
-    launch = launch and takes_kernel("reft", h, kernels, rows=len(rows), width=h.shape[-1])
+    launch = launch and takes_kernel(
+        "reft", h, kernels, rows=len(rows), width=h.shape[-1], tokens=h.numel() // h.shape[-1]
+    )
     settings = (dropout, drawn(dropout), in_place and h.is_contiguous(), launch)
     out: Tensor = _Edit.apply(h, rows, *weights, *settings)  # type: ignore[no-untyped-call]
     return out
