@@ -49,8 +49,8 @@ class NoDevice:
         return self.target
 
     def get_current_device(self) -> int:
-        """Return a number for it."""
-        return 0
+        """Return a number for it: another for each target, as Triton keeps what it compiled by this number."""
+        return int(self.target.arch)
 
     def get_current_stream(self, device: int | None = None) -> int:
         """Return a number for a stream, which is never used."""

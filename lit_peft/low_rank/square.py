@@ -1,4 +1,4 @@
-"""MoRA's square matrix: narrowing x (..., in) to width r̂, and widening back to (..., out), without weights.
+"""MoRA's square matrix: how large it is, and what it adds to a weight; `lit_peft.ops.mora` applies it.
 
     change(x) = widen(M narrow(x)),    M (r̂, r̂)
 
@@ -23,7 +23,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from lit_peft.ops.mora import slots
 
 TYPES = (1, 2, 3, 4, 6)
 BASE = 10000.0  # of the rotation, as in RoPE
@@ -51,94 +52,18 @@ def angles(chunks: int, width: int, device: torch.device | None = None) -> Tenso
     return torch.stack([angle.cos(), angle.sin()])
 
 
-def apply(m: Tensor, x: Tensor, y: Tensor, mora_type: int, turn: Tensor | None = None) -> Tensor:
-    """Return y + widen(M narrow(x)): (..., in), (..., out) -> (..., out).
-
-    Args:
-        m: M (r̂, r̂).
-        x: input of the layer.
-        y: output of the layer without the change.
-        mora_type: 1, 2, 3, 4 or 6.
-        turn: from `angles`, for type 6.
-    """
-    width, outputs = m.shape[0], y.shape[-1]
-    if mora_type == 6:
-        assert turn is not None
-        h = F.linear(_turned(_chunks(x, width, min(turn.shape[1], -(-outputs // width))), turn), m.to(x.dtype))
-        return y + _cut(h.flatten(-2).to(y.dtype), outputs)
-    h = _interleaved(x, width) if mora_type in (1, 4) else _neighbours(x, width)
-    h = F.linear(h, m.to(h.dtype)).to(y.dtype)
-    if mora_type in (1, 3):
-        if outputs % width == 0:  # broadcast: nothing of the output's size but the output
-            return (_split(y, width) + h.unsqueeze(-2)).flatten(-2)
-        return y + _cut(h, outputs)
-    return y + h.index_select(-1, _groups(outputs, width, y.device))
-
-
 def delta(m: Tensor, inputs: int, outputs: int, mora_type: int) -> Tensor:
     """Return the change of the weight, (out, in), in M's dtype: placed entry by entry, with no product."""
     width = m.shape[0]
     if mora_type == 6:
         return _rotated_blocks(m, inputs, outputs)
-    device = m.device
-    row = torch.arange(outputs, device=device) % width
-    rows = m[row if mora_type in (1, 3) else _groups(outputs, width, device)]
+    rows = m[slots(outputs, width, mora_type in (1, 3), m.device)]
+    found = rows[:, slots(inputs, width, mora_type in (1, 4), m.device)]
     if mora_type in (2, 3):
-        return rows[:, _groups(inputs, width, device)]
-    found = rows[:, torch.arange(inputs, device=device) % width]
+        return found
     if inputs % width:  # the head of x is summed a second time, in the slots that its last chunk left empty
         found[:, : width - inputs % width] += rows[:, inputs % width :]
     return found
-
-
-def _split(x: Tensor, width: int) -> Tensor:
-    """View (..., n width) as (..., n, width); sizes are spelled out because a batch may have no row."""
-    return x.view(*x.shape[:-1], x.shape[-1] // width, width)
-
-
-def _interleaved(x: Tensor, width: int) -> Tensor:
-    whole = x.shape[-1] // width * width
-    h = _split(x[..., :whole], width).sum(-2)
-    return h if whole == x.shape[-1] else h + _last_chunk(x, whole, width)
-
-
-def _last_chunk(x: Tensor, whole: int, width: int) -> Tensor:
-    return torch.cat([x[..., whole:], x[..., : width - (x.shape[-1] - whole)]], dim=-1)
-
-
-def _neighbours(x: Tensor, width: int) -> Tensor:
-    few, larger = divmod(x.shape[-1], width)
-    head = larger * (few + 1)
-    tail = _split(x[..., head:], few).sum(-1)
-    return torch.cat([_split(x[..., :head], few + 1).sum(-1), tail], dim=-1) if larger else tail
-
-
-def _groups(length: int, width: int, device: torch.device) -> Tensor:
-    """Return the slot of each of `length` entries: neighbours share one, the first groups are larger by one."""
-    few, larger = divmod(length, width)
-    place = torch.arange(length, device=device)
-    head = larger * (few + 1)
-    return torch.where(place < head, place // (few + 1), larger + (place - head) // few)
-
-
-def _chunks(x: Tensor, width: int, needed: int) -> Tensor:
-    """Return the first `needed` chunks of x, (..., needed, r̂): later ones reach no output."""
-    if needed * width <= x.shape[-1]:
-        return _split(x[..., : needed * width], width)
-    whole = x.shape[-1] // width * width
-    return _split(torch.cat([x[..., :whole], _last_chunk(x, whole, width)], dim=-1), width)
-
-
-def _turned(chunks: Tensor, turn: Tensor) -> Tensor:
-    """Rotate each chunk: entry j and entry j + r̂/2 are a pair."""
-    cos, sin = turn[:, : chunks.shape[-2]].to(chunks.dtype)
-    first, second = chunks.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def _cut(h: Tensor, outputs: int) -> Tensor:
-    times = -(-outputs // h.shape[-1])
-    return (h if times == 1 else torch.cat([h] * times, dim=-1))[..., :outputs]
 
 
 def _rotated_blocks(m: Tensor, inputs: int, outputs: int) -> Tensor:

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from transformers.activations import ACT2FN
 
@@ -28,6 +27,7 @@ from lit_peft.methods.adapter_drop import dropped, dropped_in_step, is_dropped, 
 from lit_peft.methods.composed import ComposedBranches
 from lit_peft.methods.norms import NormConfig, norm_class
 from lit_peft.mixin import PEFT
+from lit_peft.ops.bottleneck import bottleneck
 from lit_peft.placing import join
 from lit_peft.sites import geometry
 from lit_peft.sublayers import is_causal, norms
@@ -164,16 +164,29 @@ class Bottleneck(ComposedBranches):
                 self.bottleneck_gate = Gates("bottleneck", d)
             self.bottleneck_gate.add(name, device, config.gate)
 
-    def branch(self, name: str, h: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return f(h), (..., d) -> (..., d), of one named set; rows are the rows of the batch that h is of."""
+    def branch(self, name: str, h: Tensor, rows: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+        """Return f(h), (..., d) -> (..., d), of one named set.
+
+        Args:
+            name: the set.
+            h: what it reads.
+            rows: the rows of the batch that h is of; None: all.
+            onto: what f(h) is added to; h itself for an adapter behind a module.
+        """
         config: BottleneckConfig = self.configs[name]
-        x = F.dropout(h, config.dropout, self.training) if config.dropout else h
-        dtype = h.dtype
-        inner = F.linear(x, self.bottleneck_down[name].to(dtype), self.bottleneck_down_bias[name].to(dtype))
-        inner = ACT2FN[config.activation](inner)
-        out = F.linear(inner, self.bottleneck_up[name].to(dtype), self.bottleneck_up_bias[name].to(dtype))
-        out = out if config.scale == 1 else out * config.scale
-        return out if config.gate is False else out * self.bottleneck_gate(name, h, config.causal, rows)
+        gate = None if config.gate is False else self.bottleneck_gate(name, h, config.causal, rows)
+        return bottleneck(
+            onto,
+            h,
+            self.bottleneck_down[name],
+            self.bottleneck_down_bias[name],
+            self.bottleneck_up[name],
+            self.bottleneck_up_bias[name],
+            config.activation,
+            config.scale,
+            gate=gate,
+            dropout=config.dropout if self.training else 0.0,
+        )
 
     def plus(self, y: Tensor, h: Tensor) -> Tensor:
         """Return y plus f(h) of every set that acts, each on its rows."""
@@ -185,7 +198,7 @@ class Bottleneck(ComposedBranches):
                     continue
                 rows = torch.empty(0, dtype=torch.long, device=h.device)
             if rows is None:
-                y = y + self.branch(name, h)
+                y = self.branch(name, h, onto=y)
             else:
                 y = y.index_add(0, rows, self.branch(name, h[rows], rows).to(y.dtype))
         return y

@@ -14,12 +14,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lit_peft.adapter import innermost
 from lit_peft.low_rank import square
 from lit_peft.low_rank.additive import AdditiveLinear
 from lit_peft.mixin import PEFT
+from lit_peft.ops.lora_linear import joins
+from lit_peft.ops.mora import square_linear, square_update
 from lit_peft.placing import join
 from lit_peft.sites import match, widths
 from lit_peft.targets import KEYS, stored_targets
@@ -174,10 +175,19 @@ class MoRALinear(AdditiveLinear):
 
     def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + widen(M narrow(dropout(x))): (..., in), (..., out) -> (..., out)."""
-        m, kind, dropout = self.mora_m[name], self.kind(name), self.configs[name].dropout
-        h = F.dropout(x, dropout, self.training) if dropout else x
-        turn = self._buffers[f"mora_turn_{m.shape[0]}"] if kind == 6 else None
-        return square.apply(m, h, y, kind, turn)
+        return square_update(y, x, *self.matrix(name), dropout=self.configs[name].dropout if self.training else 0.0)
+
+    def joined(self, name: str, x: Tensor) -> Tensor | None:
+        """Return x W^T + c + widen(M narrow(dropout(x))), where the base is a plain linear layer."""
+        if not joins(self.base, x) or type(self).change is not MoRALinear.change:
+            return None
+        dropout = self.configs[name].dropout if self.training else 0.0
+        return square_linear(x, self.base, *self.matrix(name), dropout=dropout)
+
+    def matrix(self, name: str) -> tuple[Tensor, int, Tensor | None]:
+        """Return M (r̂, r̂), its type, and of type 6 the angles of its chunks."""
+        m, kind = self.mora_m[name], self.kind(name)
+        return m, kind, self._buffers[f"mora_turn_{m.shape[0]}"] if kind == 6 else None
 
     def delta(self, name: str) -> Tensor:
         """Return the change of the weight, (out, in), in float32, gathered where M is sharded."""

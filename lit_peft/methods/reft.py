@@ -18,17 +18,25 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lit_peft.adapter import Adapter, innermost
 from lit_peft.methods.bottleneck import first, with_first
 from lit_peft.methods.reft_positions import EDIT, Edit, edited, prompt_is, prompt_of, prompts_now, texts_of
 from lit_peft.mixin import PEFT
+from lit_peft.ops.reft import Rotations, edit_rows, orthonormal, unshared
 from lit_peft.placing import join
 from lit_peft.sites import geometry, stacks
 from lit_peft.sublayers import hosts
 
-__all__ = ["EDIT", "Edit", "ReFTConfig", "edited", "prompt_is", "prompt_of"]  # where others look for them
+__all__ = [
+    "EDIT",
+    "Edit",
+    "ReFTConfig",
+    "edited",
+    "orthonormal",
+    "prompt_is",
+    "prompt_of",
+]  # where others look for them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,18 +150,12 @@ class LoReFTLayer(Adapter):
             else:
                 nn.init.uniform_(w, -(w.shape[1] ** -0.5), w.shape[1] ** -0.5)
 
-    def edit(self, name: str, place: int, h: Tensor) -> Tensor:
-        """Return R^T (W h + b - R h) for rows h (n, d)."""
-        dtype = h.dtype
-        q = orthonormal(self.reft_rotation[name][place]).to(dtype)
-        inner = F.linear(h, self.reft_source[name][place].to(dtype), self.reft_bias[name][place].to(dtype)) - h @ q
-        edit: Tensor = self.dropped(name, inner) @ q.t()
-        return edit
-
-    def dropped(self, name: str, inner: Tensor) -> Tensor:
-        """Return the edit's coordinates after dropout."""
-        dropped: Tensor = F.dropout(inner, self.configs[name].dropout, self.training)
-        return dropped
+    def parts(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return E (places, r, d), b (places, r) and Q (places, d, r) of the edit Q (E h + b)."""
+        matrix = self.reft_rotation[name]
+        kept: dict[str, Rotations] = self.__dict__.setdefault("rotations", {})
+        q = kept.setdefault(name, Rotations())(matrix)
+        return self.reft_source[name].to(q.dtype) - q.transpose(1, 2), self.reft_bias[name], q
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base and edit its (first) output."""
@@ -163,18 +165,18 @@ class LoReFTLayer(Adapter):
             return out
         edit.used = True
         h = first(out)
+        mine = unshared(h, held=2)  # by `out` and `h`
         for name, rows in self.shares(h):
             if name not in edit.marks:
                 continue
-            here = marks = edit.marks[name]
-            if rows is not None:
-                chosen = torch.zeros(h.shape[0], 1, dtype=marks.dtype, device=marks.device)
-                chosen[rows] = 1
-                here = marks * chosen
-            for place, where in enumerate([here > 0] if self.configs[name].tied else [here == 1, here == 2]):
-                index = where.nonzero(as_tuple=True)
-                part = h[index]
-                h = h.index_put(index, part + self.edit(name, place, part).to(h.dtype))
+            config: ReFTConfig = self.configs[name]
+            matrix, bias, rotation = self.parts(name)
+            for number, place in enumerate([0] if config.tied else [1, 2]):
+                where = edit.rows(name, place, h.device, rows)
+                dropout = config.dropout if self.training else 0.0
+                parts = matrix[number], bias[number], rotation[number]
+                h = edit_rows(h, where, *parts, dropout=dropout, in_place=mine)
+                mine = True  # a copy, or what nobody else holds
         return with_first(out, h)
 
 
@@ -189,20 +191,9 @@ class DiReFTLayer(LoReFTLayer):
             nn.init.uniform_(w1, -(w1.shape[1] ** -0.5), w1.shape[1] ** -0.5)
             w2.copy_(torch.zeros_like(w2) if config.start_at_identity else nn.init.orthogonal_(w2.float()))
 
-    def edit(self, name: str, place: int, h: Tensor) -> Tensor:
-        """Return W_2^T (W_1 h + b) for rows h (n, d)."""
-        dtype = h.dtype
-        inner = F.linear(h, self.reft_source[name][place].to(dtype), self.reft_bias[name][place].to(dtype))
-        edit: Tensor = self.dropped(name, inner) @ self.reft_rotation[name][place].t().to(dtype)
-        return edit
-
-
-def orthonormal(matrix: Tensor) -> Tensor:
-    """Return the Q factor (d, r) of a matrix (d, r), with the signs that keep an orthonormal matrix as it is."""
-    with torch.autocast(matrix.device.type, enabled=False):
-        q, upper = torch.linalg.qr(matrix.float())
-    rotation: Tensor = q * upper.diagonal().sign()
-    return rotation
+    def parts(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return W_1 (places, r, d), b (places, r) and W_2^T (places, d, r)."""
+        return self.reft_source[name], self.reft_bias[name], self.reft_rotation[name]
 
 
 class ReFT(PEFT):

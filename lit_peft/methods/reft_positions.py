@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,10 +38,33 @@ class Edit:
     Attributes:
         marks: for each named set (batch, length), as `edited` returns them.
         used: whether a layer has read them.
+        found: the numbers of the edited rows, by what was asked: the layers of a call all ask the same.
     """
 
     marks: dict[str, Tensor]
     used: bool = False
+    found: dict[tuple[str, int, torch.device], Tensor] = field(default_factory=dict)
+
+    def rows(self, name: str, place: int, device: torch.device, chosen: Tensor | None = None) -> Tensor:
+        """Return the numbers (n,) of the tokens to edit, of all tokens of the batch in a row.
+
+        Args:
+            name: the named set.
+            place: 1 for the first, 2 for the last tokens of prompts, 0 for both.
+            device: where the numbers are wanted.
+            chosen: only these rows of the batch; None: all.
+        """
+        key = name, place, device
+        if chosen is None and key in self.found:
+            return self.found[key]
+        marks = self.marks[name]
+        here = marks == place if place else marks > 0
+        if chosen is not None:
+            here = here & torch.zeros(len(marks), 1, dtype=torch.bool, device=marks.device).index_fill_(0, chosen, True)
+        rows = here.reshape(-1).nonzero().squeeze(1).to(device)
+        if chosen is None:
+            self.found[key] = rows
+        return rows
 
 
 def edited(prompt: Tensor, first: int, last: int, texts: Tensor | None = None) -> Tensor:
