@@ -22,7 +22,9 @@ from torch import Tensor, nn
 
 from lit_peft.adapter import innermost
 from lit_peft.low_rank.linear import LoRALinear
+from lit_peft.low_rank.rows import change_rows
 from lit_peft.ops.residual import residual_update
+from lit_peft.selection import Rows
 from lit_peft.structure import is_linear, widths
 from lit_peft.weights import dense
 
@@ -121,6 +123,10 @@ class ResidualLinear(LoRALinear):
         a, b, a0, b0 = (part[name] for part in (self.lora_a, self.lora_b, self.lora_a0, self.lora_b0))
         dropout = config.dropout if self.training else 0.0
         return residual_update(y, x, a, b, a0, b0, config.scale, dropout=dropout)
+
+    def change_rows(self, choice: Rows, x: Tensor, y: Tensor | None = None) -> Tensor | None:
+        """Return the output, each row with s B' A' x of its own sets added."""
+        return change_rows(self, choice, x, y) if type(self).change is ResidualLinear.change else None
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return the set as plain LoRA of twice the rank, under HF PEFT's names."""
