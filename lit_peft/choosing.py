@@ -100,7 +100,7 @@ class Choosing(nn.Module):
 
         That is two copies of y however many sets there are, and none where the rows come sorted.
         """
-        if not any(name in self.configs for name in choice.names) and not together(self):
+        if not any(name in self.configs for name in choice.names) and not self.together:
             return y
         changed = self.change_rows(choice, x, y)
         if changed is not None:
@@ -115,11 +115,17 @@ class Choosing(nn.Module):
                 piece = self.applied(entry, taken, piece).to(y.dtype)
             pieces.append(piece)
             start += number
-        if together(self):
+        if self.together:
             absent = [name for name in self.configs if name not in choice.names]
             pieces += [self.change(name, x[:0], y[:0]).to(y.dtype) for name in absent]
         y = torch.cat(pieces)
         return y if order is None else y.index_select(0, order.argsort())
+
+    @property
+    def together(self) -> bool:
+        """Whether every set takes part in a routed call, if need be with no row, as with several processes."""
+        # DDP waits for a gradient from each
+        return self.training and dist.is_available() and dist.is_initialized()
 
     def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return what one named set makes of the base's output y for the input x, without changing either.
@@ -165,11 +171,5 @@ class Choosing(nn.Module):
         choice = self._by_name()
         if not isinstance(choice, Rows):
             return [(entry, None) for entry in choice if isinstance(entry, str) and entry in self.configs]
-        names = self.configs if together(self) else [name for name in choice.names if name in self.configs]
+        names = self.configs if self.together else [name for name in choice.names if name in self.configs]
         return [(name, choice.of(name, x)) for name in names]
-
-
-def together(adapter: Any) -> bool:
-    """Return whether every set takes part in a routed call, if need be with no row, as with several processes."""
-    # DDP waits for a gradient from each
-    return adapter.training and dist.is_available() and dist.is_initialized()

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from lit_peft.blocks import Block
-from lit_peft.choosing import together
 from lit_peft.ops.lora_linear import joins
 from lit_peft.ops.recipes import eager
 from lit_peft.ops.routed import routed_linear, routed_update
@@ -21,6 +20,10 @@ class Paired(Protocol):
     base: nn.Module
     configs: dict[str, Any]
     training: bool
+
+    @property
+    def together(self) -> bool:
+        """Whether sets without rows take part."""
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A (rank, in) and B (out, rank)."""
@@ -40,8 +43,7 @@ def change_rows(layer: Paired, choice: Rows, x: Tensor, y: Tensor | None) -> Ten
     """
     if not eager() or not x.numel() or not x.is_floating_point():
         return None
-    everyone = together(layer)
-    names = tuple(name for name in layer.configs if everyone or name in choice.names)
+    names = tuple(name for name in layer.configs if layer.together or name in choice.names)
     if not names or (y is None and not joins(layer.base, x)):
         return None
     for entry in choice.entries:

@@ -21,7 +21,9 @@ class Grouped:
     def add(out: Tensor, x: Tensor, sets: Sets) -> Tensor:
         """See `Form`."""
         t = sets.rows.tables(sets.ranks, len(x) // sets.rows.count, x.device)
-        h = shrink(x.contiguous(), sets.stacked_a(x.dtype), t.order, t.blocks, t.sets, t.tokens, t.block, t.rank)
+        h: Tensor = shrink(
+            x.contiguous(), sets.stacked_a(x.dtype), t.order, t.blocks, t.sets, t.tokens, t.block, t.rank
+        )
         expand(out, h, sets.stacked_b(x.dtype), t.order, t.blocks, t.sets, t.tokens, t.block)
         return h
 

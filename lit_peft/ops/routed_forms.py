@@ -133,9 +133,9 @@ class ByRun:
                 filled.add(part.start)
             if x is not None and for_a[i]:
                 da[i] = _sum(da[i], slope @ x[part], sets.a[i].dtype)
-        for i, part in enumerate(sets.a):
+        for i in range(len(ranks)):
             if for_a[i] and da[i] is None:
-                da[i] = torch.zeros_like(part)
+                da[i] = torch.zeros_like(sets.a[i])
             if for_b[i]:
                 found = db[i]
                 db[i] = torch.zeros_like(sets.b[i]) if found is None else found.mul_(sets.scales[i]).t()

@@ -154,10 +154,10 @@ class Sets:
 
     def split_a(self, gradient: Tensor, asked: Sequence[bool]) -> list[Tensor | None]:
         """Return the dA_i that are asked for, of all below each other; copies, or one would keep all others alive."""
-        pieces = zip(gradient.split(self.ranks), self.a, asked, strict=True)
+        pieces = zip(torch.split(gradient, [*self.ranks]), self.a, asked, strict=True)
         return [piece.to(part.dtype, copy=True) if wanted else None for piece, part, wanted in pieces]
 
     def split_b(self, gradient: Tensor, asked: Sequence[bool]) -> list[Tensor | None]:
         """Return the dB_i that are asked for, of the gradients of all B_i^T below each other, before their scales."""
-        pieces = zip(gradient.split(self.ranks), self.b, self.scales, asked, strict=True)
+        pieces = zip(torch.split(gradient, [*self.ranks]), self.b, self.scales, asked, strict=True)
         return [(scale * piece.to(part.dtype)).t() if wanted else None for piece, part, scale, wanted in pieces]
