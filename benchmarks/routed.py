@@ -3,7 +3,7 @@
     python -m benchmarks.routed [--tokens 128] [--rows 4] [--adapters 2 4] [--rounds 8] [--bf16]
 
 A Llama of SmolLM2-135M's widths with random weights, LoRA of rank 8 on all linear layers, forward and backward. HF
-PEFT's side is a pass with `adapter_names=`, one name a row, in eval mode: in training mode it refuses. Both have the same
+PEFT's side is a pass with `adapter_names=`, one name a row, in eval mode: it refuses in training mode. Both have equal
 weights, and their outputs are compared first. All arms take turns in one process; the numbers are medians of the ratios
 within a round to a step with one adapter for all rows.
 """
