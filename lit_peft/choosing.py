@@ -29,10 +29,13 @@ class Choosing(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call the base on x (batch, ..., in) and let every set that acts change its output (batch, ..., out)."""
         choice = acting(self.scope)
-        if not isinstance(choice, Rows) and len(choice) == 1 and not (args or kwargs) and choice[0] in self.configs:
+        joined: Tensor | None = None
+        if isinstance(choice, Rows):
+            joined = None if args or kwargs else self.change_rows(choice, x)
+        elif len(choice) == 1 and not (args or kwargs) and choice[0] in self.configs:
             joined = self.joined(choice[0], x)
-            if joined is not None:
-                return joined
+        if joined is not None:
+            return joined
         y = self.base(x, *args, **kwargs)
         if isinstance(choice, Rows):
             return self._routed(choice, x, y)
@@ -42,6 +45,19 @@ class Choosing(nn.Module):
 
     def joined(self, name: str, x: Tensor) -> Tensor | None:
         """Return the base's output for x, changed by one set, where both are one function; else None."""
+        return None
+
+    def change_rows(self, choice: Rows, x: Tensor, y: Tensor | None = None) -> Tensor | None:
+        """Return the base's output y for x, all rows changed by their own sets in one function, where there is one.
+
+        Args:
+            choice: what acts on each row.
+            x: the base's input (rows, ...).
+            y: the base's output; None: it is to be part of the function.
+
+        Returns:
+            (rows, ...); or None, and then each set changes its own rows by `change`.
+        """
         return None
 
     def applied(self, entry: Entry, x: Tensor, y: Tensor) -> Tensor:
@@ -84,8 +100,11 @@ class Choosing(nn.Module):
 
         That is two copies of y however many sets there are, and none where the rows come sorted.
         """
-        if not any(name in self.configs for name in choice.names) and not _together(self):
+        if not any(name in self.configs for name in choice.names) and not self.together:
             return y
+        changed = self.change_rows(choice, x, y)
+        if changed is not None:
+            return changed
         groups, order = choice.grouped(x, y)
         if order is not None:
             x, y = x.index_select(0, order), y.index_select(0, order)
@@ -96,11 +115,17 @@ class Choosing(nn.Module):
                 piece = self.applied(entry, taken, piece).to(y.dtype)
             pieces.append(piece)
             start += number
-        if _together(self):
+        if self.together:
             absent = [name for name in self.configs if name not in choice.names]
             pieces += [self.change(name, x[:0], y[:0]).to(y.dtype) for name in absent]
         y = torch.cat(pieces)
         return y if order is None else y.index_select(0, order.argsort())
+
+    @property
+    def together(self) -> bool:
+        """Whether every set takes part in a routed call, if need be with no row, as with several processes."""
+        # DDP waits for a gradient from each
+        return self.training and dist.is_available() and dist.is_initialized()
 
     def change(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """Return what one named set makes of the base's output y for the input x, without changing either.
@@ -146,10 +171,5 @@ class Choosing(nn.Module):
         choice = self._by_name()
         if not isinstance(choice, Rows):
             return [(entry, None) for entry in choice if isinstance(entry, str) and entry in self.configs]
-        names = self.configs if _together(self) else [name for name in choice.names if name in self.configs]
+        names = self.configs if self.together else [name for name in choice.names if name in self.configs]
         return [(name, choice.of(name, x)) for name in names]
-
-
-def _together(adapter: Choosing) -> bool:
-    # With several processes every set takes part, if need be with no row: DDP waits for a gradient from each.
-    return adapter.training and dist.is_available() and dist.is_initialized()

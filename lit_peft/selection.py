@@ -29,13 +29,18 @@ class Rows:
         count: number of rows.
         entries: the names and blocks that some row asks for.
         names: the names in them.
+        each: what each row asks for.
+        derived: what adapters make of this choice and keep beside it, under keys of their own.
     """
 
     def __init__(self, names: Sequence[Entry | Sequence[Entry] | None]) -> None:
+        self.each: list[tuple[Entry, ...]] = []
+        self.derived: dict[Any, Any] = {}
         found: dict[tuple[Entry, ...], list[int]] = {}
         for row, wanted in enumerate(names):
             group = () if wanted is None else (wanted,) if isinstance(wanted, str | Block) else tuple(wanted)
             found.setdefault(group, []).append(row)
+            self.each.append(group)
         self.count = len(names)
         self.entries = tuple(dict.fromkeys(entry for group in found for entry in group))
         self.names = names_in(self.entries)
@@ -59,7 +64,7 @@ class Rows:
             ValueError: if x does not have as many rows as names were given.
         """
         # token ids have no width: two dimensions of them are a batch, while two of numbers are single tokens
-        beams = self._beams(x, x.ndim + (not x.is_floating_point()))
+        beams = self.beams(x, x.ndim + (not x.is_floating_point()))
         return _repeated(self._rows.get(entry, torch.empty(0, dtype=torch.long)).to(x.device), beams)
 
     def grouped(self, x: Tensor, y: Tensor) -> tuple[list[tuple[tuple[Entry, ...], int]], Tensor | None]:
@@ -75,12 +80,20 @@ class Rows:
         Raises:
             ValueError: if x does not have as many rows as names were given.
         """
-        beams = self._beams(x, y.ndim)
+        beams = self.beams(x, y.ndim)
         order = None if self._order is None else _repeated(self._order.to(x.device), beams)
         return [(entry, number * beams) for entry, number in self._groups], order
 
-    def _beams(self, x: Tensor, dimensions: int) -> int:
-        # A generator's beams repeat each row: then the first dimension is a multiple of the number of rows.
+    def beams(self, x: Tensor, dimensions: int) -> int:
+        """Return how often each row comes in a layer's input x: a generator's beams repeat it.
+
+        Args:
+            x: (rows, ...).
+            dimensions: how many the layer's output has.
+
+        Raises:
+            ValueError: if x does not have as many rows as names were given.
+        """
         beams, rest = divmod(x.shape[0], self.count)
         # they only come in generation, which needs no gradients: in training it is a name too few
         if rest or not beams or (beams > 1 and (dimensions < 3 or torch.is_grad_enabled())):

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from lit_peft.adapter import innermost
 from lit_peft.combining import low_rank
 from lit_peft.low_rank.additive import AdditiveLinear
+from lit_peft.low_rank.rows import change_rows
 from lit_peft.ops.lora_linear import joins, lora_linear
 from lit_peft.ops.low_rank import low_rank_update
 from lit_peft.ops.nf4_lora import joins_nf4, nf4_lora_linear
+from lit_peft.selection import Rows
 from lit_peft.structure import widths
 from lit_peft.targets import find
 
@@ -105,6 +107,10 @@ class LoRALinear(AdditiveLinear):
         if joins_nf4(base, x):
             return nf4_lora_linear(x, base, *self.pair(name), config.scale, dropout=dropout)
         return None
+
+    def change_rows(self, choice: Rows, x: Tensor, y: Tensor | None = None) -> Tensor | None:
+        """Return the output, each row with s B A x of its own sets added, where that is all that the sets do."""
+        return change_rows(self, choice, x, y) if type(self).change is LoRALinear.change else None
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A (rank, in) and B (out, rank) as they are multiplied."""

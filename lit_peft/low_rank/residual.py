@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from lit_peft.adapter import innermost
 from lit_peft.low_rank.linear import LoRALinear
+from lit_peft.low_rank.rows import change_rows
 from lit_peft.ops.lora_linear import joins
 from lit_peft.ops.residual import residual_linear, residual_update
+from lit_peft.selection import Rows
 from lit_peft.structure import is_linear, widths
 from lit_peft.weights import dense
 
@@ -132,6 +134,10 @@ class ResidualLinear(LoRALinear):
 
     def _parts(self, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.lora_a[name], self.lora_b[name], self.lora_a0[name], self.lora_b0[name]
+
+    def change_rows(self, choice: Rows, x: Tensor, y: Tensor | None = None) -> Tensor | None:
+        """Return the output, each row with s B' A' x of its own sets added."""
+        return change_rows(self, choice, x, y) if type(self).change is ResidualLinear.change else None
 
     def tensors(self, name: str = "default") -> dict[str, Tensor]:
         """Return the set as plain LoRA of twice the rank, under HF PEFT's names."""
