@@ -3,13 +3,13 @@
     o_1, l_1 over the p rows of the prefix, which all tokens see;    o_2, l_2 over the text, causal or masked
     lse = log(e^l_1 + e^l_2),    o = e^(l_1 - lse) o_1 + e^(l_2 - lse) o_2
 
-A fused kernel's backward pass knows the softmax only by o and lse. Given the merged ones it returns the exact gradients of
-its own part, those of q being sums over the parts:
+A fused kernel's backward pass knows the softmax only by o and lse. Given the merged ones it returns the exact gradients
+of its own part, those of q being sums over the parts:
 
     P_i = exp(scale q K_i^T - lse),   dV_i = P_i^T g,   dS_i = P_i (g V_i^T - rowsum(g o)),   dK_i = scale dS_i^T q
 
-Kept: q, k, v, o and lse. The text's part stays a stock causal kernel, which skips half of the scores; groups of heads share
-keys without copies; a first layer, whose q, k and v need no gradient, computes and keeps only the prefix's part.
+Kept: q, k, v, o and lse. The text's part stays a stock causal kernel, which skips half of the scores; groups of heads
+share keys without copies; a first layer, whose q, k and v need no gradient, differentiates and keeps the prefix's part.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def merges(
 def _launches(q: Tensor, prefix_k: Tensor, kernels: bool | None) -> bool:
     if q.dtype == torch.float64 or q.shape[3] > 256:
         return False
-    return takes_kernel("prefix", q, kernels, rows=len(q) * q.shape[2], p=prefix_k.shape[2])
+    return takes_kernel("prefix", q, kernels, rows=len(q) * q.shape[2], width=q.shape[3], p=prefix_k.shape[2])
 
 
 def prefix_attention(

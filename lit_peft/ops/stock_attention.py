@@ -2,8 +2,8 @@
 
     o = softmax(s) v,   lse = log sum exp(s),   s = scale q k^T + mask
 
-The backward kernels compute P = exp(s - lse) and D = rowsum(g o) from the lse and o that they are handed. Handed those of
-a softmax over more keys than k, they return the exact gradients of q, k and v in that larger softmax.
+The backward kernels compute P = exp(s - lse) and D = rowsum(g o) from the lse and o that they are handed. Handed those
+of a softmax over more keys than k, they return the exact gradients of q, k and v in that larger softmax.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ aten = torch.ops.aten
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask to be added to scores in a dtype, from one that is boolean (True: seen) or additive.
 
-    What is hidden gets a large finite number: of a row without anything to see, the fused kernels tell log-sum-exps of 0,
-    or infinities of either sign, where -inf is added.
+    What is hidden gets a large finite number: where -inf is added, the fused kernels tell a log-sum-exp of 0, or an
+    infinity of either sign, of a row without anything to see. A mask that comes from here is returned as it is.
 
     Example:
         >>> additive(torch.tensor([True, False]), torch.float16).tolist()
@@ -43,8 +43,8 @@ def attention(
 ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
     """Return o (batch, heads, n, width), lse (batch, heads, n or more) in float32, and what the backward pass needs.
 
-    q is (batch, heads, n, width), k, v (batch, kv_heads, m, width); the mask is additive, in q's dtype, and finite. Float64
-    has its lse in float64.
+    q is (batch, heads, n, width), k, v (batch, kv_heads, m, width); the mask is additive, in q's dtype, and finite. Of
+    float64 the lse is in float64.
     """
     if q.device.type == "cpu":
         o, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
@@ -106,4 +106,4 @@ def _aligned(mask: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
     if mask is None:
         return None
     m = k.shape[2]
-    return F.pad(mask.expand(*mask.shape[:-1], m), (0, -m % 16))[..., :m].expand(*q.shape[:3], m)
+    return F.pad(mask.expand(*mask.shape[:-1], m), (0, -m % 16)).narrow(-1, 0, m).expand(*q.shape[:3], m)

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from lit_peft.ops.prefix_attention import merges, prefix_attention, reference
-from lit_peft.ops.stock_attention import additive
+from lit_peft.ops.stock_attention import additive, attention, attention_backward
 from tests.ops.exact import TOLERANCE, agree, drawn
 
 # batch, heads, kv_heads, queries, keys, width, p, whether all texts share the prefix
@@ -205,6 +206,23 @@ def test_compiled_it_is_the_plain_form() -> None:
     parts = inputs(SIZES[0], torch.float32)
     found = torch.compile(prefix_attention, backend="eager", fullgraph=True)(*parts, is_causal=True)
     agree(found, exact(*parts, None, True, None), 2e-6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_stock_kernels_of_cuda_take_what_they_are_given(masked: bool, dtype: torch.dtype) -> None:
+    """As far as fake tensors know: the arguments fit, and the gradients are like what they are of."""
+    if torch.cuda.is_available():
+        pytest.skip("the kernels themselves are tested there")
+    with FakeTensorMode(), torch.no_grad():
+        q, k, v = (torch.empty(2, 41, h, 64, device="cuda", dtype=dtype).transpose(1, 2) for h in (8, 2, 2))
+        mask = torch.empty(2, 1, 41, 41, device="cuda", dtype=dtype) if masked else None
+        o, lse, told = attention(q, k, v, mask, not masked, 0.1)
+        assert (o.shape, o.stride(), o.dtype) == (q.shape, q.stride(), dtype)
+        assert lse.shape[:2] == (2, 8)
+        assert lse.shape[2] >= 41
+        found = attention_backward(o, q, k, v, o, lse, told, mask, not masked, 0.1)
+        assert [(part.shape, part.dtype) for part in found] == [(part.shape, dtype) for part in (q, k, v)]
 
 
 def test_a_mask_is_made_once() -> None:
