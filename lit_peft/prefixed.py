@@ -18,6 +18,9 @@ from torch.nn import functional as F
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lit_peft.ops.prefix_attention import merges, prefix_attention
+from lit_peft.ops.stock_attention import additive
+
 INDEX = "prefix_index"  # in an attention module's __dict__: which of the prefix's keys and values are its own
 KEYWORD = "attention_prefix"
 GATE = "attention_prefix_gate"
@@ -34,6 +37,7 @@ class Prefix:
         visible: (batch, p), False where a row has no such prefix token; None: all are seen.
         used: numbers of the modules that have attended to it in this call.
         masks: what a mask became, as the layers of a call share theirs; with the mask itself, so that its id is taken.
+            By the mask's id, lengths, and whether it is over the text alone.
     """
 
     keys: list[Tensor]
@@ -61,12 +65,15 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     inner: Callable[..., Any],
+    *,
+    merging: bool = False,
     **kwargs: Any,
 ) -> Any:
     """Compute attention of the query over [prefix; key], by the function `inner` that the model would have used.
 
     query is (batch, heads, length, head_dim), key and value (batch, kv_heads, key length, head_dim). Every token sees
-    the whole prefix; among the others it sees what the mask says.
+    the whole prefix; among the others it sees what the mask says. With `merging` prefix and text are attended to apart
+    where `merges` says so, and not put together for `inner`.
     """
     prefix: Prefix | Recorder | None = kwargs.pop(KEYWORD, None)
     gate: Tensor | None = kwargs.pop(GATE, None)
@@ -82,6 +89,17 @@ def attend(
     p = k.shape[2]
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
+    pooled = gate is None or gate.shape[1] == 1
+    if gate is not None:
+        gate = gate.to(query.dtype)
+        if pooled:
+            k, v = k * gate[..., None], v * gate[..., None]  # (batch, 1, p, 1): the same for all heads
+    apart = merging and pooled and prefix.visible is None and not _told(kwargs)
+    if apart and merges(query, key, value, k, attention_mask, dropout=kwargs.get("dropout", 0.0)):
+        mask = _of_text(prefix, attention_mask, causal, query, own)
+        triangle = attention_mask is None and causal and length == own > 1
+        out = prefix_attention(query, key, value, k, v, mask=mask, is_causal=triangle, scale=kwargs.get("scaling"))
+        return out.transpose(1, 2).contiguous(), None
     same = (id(attention_mask), length, own, causal, key.device)
     if torch.compiler.is_compiling():
         attention_mask = _masked(attention_mask, prefix.visible, causal, length, own, k)
@@ -92,11 +110,8 @@ def attend(
     bias = kwargs.pop("position_bias", None)
     if bias is not None:  # T5: relative positions count between text tokens only
         kwargs["position_bias"] = F.pad(bias, (p, 0))
-    if gate is not None:
-        gate = gate.to(query.dtype)
-        if gate.shape[1] > 1:
-            return _gated(query, key, value, k, v, gate, attention_mask, **kwargs)
-        k, v = k * gate[..., None], v * gate[..., None]  # (batch, 1, p, 1): the same for all heads
+    if gate is not None and not pooled:
+        return _gated(query, key, value, k, v, gate, attention_mask, **kwargs)
     key = torch.cat([k.expand(rows, -1, -1, -1), key], 2)
     value = torch.cat([v.expand(rows, -1, -1, -1), value], 2)
     return inner(module, query, key, value, attention_mask, is_causal=False, **kwargs)
@@ -141,16 +156,38 @@ def _gated(
     return out.transpose(1, 2).contiguous(), None
 
 
+def _told(named: dict[str, Any]) -> bool:
+    """Return whether a model asks for what two merged parts do not have."""
+    asked = (named.get(name) for name in ("softcap", "s_aux", "position_bias", "cache", "output_attentions"))
+    return any(value is not None and value is not False for value in asked)
+
+
+def _of_text(prefix: Prefix, mask: Tensor | None, causal: bool, query: Tensor, own: int) -> Tensor | None:
+    """Return the mask over the text alone, additive, made once for all layers; None: all, or a triangle is seen."""
+    length = query.shape[2]
+    if mask is None and (not causal or length in (1, own)):
+        return None
+    same = ("text", id(mask), length, own, query.dtype, query.device)
+    if same not in prefix.masks:
+        seen = _triangle(length, own, query.device) if mask is None else mask
+        prefix.masks[same] = mask, additive(seen, query.dtype)
+    return prefix.masks[same][1]
+
+
 def _masked(
     mask: Tensor | None, visible: Tensor | None, causal: bool, length: int, own: int, prefix: Tensor
 ) -> Tensor | None:
     """Return the mask over [prefix; text], from that over the text; None where all is seen."""
     if mask is None and causal and length > 1:
-        # aligned at the end: the queries are the last of the keys
-        mask = torch.ones(length, own, dtype=torch.bool, device=prefix.device).tril(own - length)[None, None]
+        mask = _triangle(length, own, prefix.device)
     if mask is None and visible is not None:
         mask = torch.ones(1, 1, length, own, dtype=torch.bool, device=prefix.device)
     return None if mask is None else _extended(mask, visible, prefix.shape[2])
+
+
+def _triangle(length: int, own: int, device: torch.device) -> Tensor:
+    """Return what each token sees of the text; aligned at the end: the queries are the last of the keys."""
+    return torch.ones(length, own, dtype=torch.bool, device=device).tril(own - length)[None, None]
 
 
 def _extended(mask: Tensor, visible: Tensor | None, p: int) -> Tensor:
@@ -197,7 +234,7 @@ def prepare(model: nn.Module, modules: list[nn.Module]) -> None:
 
 
 def _by_sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-    return attend(module, query, key, value, mask, ALL_ATTENTION_FUNCTIONS["sdpa"], **kwargs)
+    return attend(module, query, key, value, mask, ALL_ATTENTION_FUNCTIONS["sdpa"], merging=True, **kwargs)
 
 
 def _by_eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:

@@ -46,7 +46,7 @@ ROOMS = {
     "sites": "structure",
     "sublayers": "structure",
     "positions": "structure",
-    "prefixed": "",
+    "prefixed": "ops",
     "gates": "selection",
     "module": "adapter",
     "foreign": "sites sublayers targets tensor_files",
