@@ -356,7 +356,7 @@ def test_a_border_is_made_only_where_it_was_measured_or_asked_for(monkeypatch: p
         assert not border.lined(adapter.base)
     adapter(x)
     assert border.bordered(adapter.base) is not None
-    assert asked == [{"rows": 3, "width": 8, "tall": 12}]
+    assert asked == [{"rows": 3, "width": 8, "tall": 12, "r": 2}]
 
 
 def test_a_sharded_weight_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
