@@ -26,17 +26,17 @@ def exact(g: Tensor, b: Tensor, h: Tensor) -> Sequence[Tensor]:
 
 
 def cases(small: bool) -> list[Case]:
-    sizes = [(9, 40)] if small else [(rows, width) for rows in (2048, 8192) for width in (2048, 4096, 14336)]
+    sizes = [(9, 40)] if small else [(rows, tall) for rows in (2048, 8192) for tall in (2048, 4096, 14336)]
 
-    def case(rows: int, width: int) -> Case:
+    def case(rows: int, tall: int) -> Case:
         r = 16
 
         def make(device: torch.device) -> list[Tensor]:
-            g = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
+            g = torch.randn(rows, tall, device=device, dtype=torch.bfloat16)
             h = torch.randn(r, rows, device=device, dtype=torch.bfloat16)
-            return [g, torch.randn(width, r, device=device), h]
+            return [g, torch.randn(tall, r, device=device), h]
 
-        moved = 2 * rows * width + 8 * r * width + 4 * rows * r
-        return Case("spread", {"rows": rows, "width": width, "r": r}, make, run, exact, moved, 4 * rows * width * r)
+        moved = 2 * rows * tall + 8 * r * tall + 4 * rows * r
+        return Case("spread", {"rows": rows, "tall": tall, "r": r}, make, run, exact, moved, 4 * rows * tall * r)
 
     return [case(*size) for size in sizes]

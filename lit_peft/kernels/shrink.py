@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-MOST = 128  # the largest rank: beyond, the blocks do not fit into registers
-
-
 @triton.jit
 def stays(seed, row, start, width, p, BM: tl.constexpr, BK: tl.constexpr):
     """Which entries (BM, BK) of some rows (BM,) stay, from column `start` on, which is a multiple of 4."""

@@ -10,7 +10,7 @@ pass, where the roles are swapped, where `out < 2 in`.
 
 The layer's weight stays the same parameter, and becomes a view of F with rows of length in + R. Its values, its name,
 its place in optimizers and files stay what they are; `state_dict` holds a contiguous copy. A copy of the layer, and the
-layer on another device or in another dtype, is plain again.
+layer on another device or in another dtype, is plain again. Who wants to shard it calls `undo` first.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from lit_peft.ops.border import Border
 from lit_peft.ops.choice import takes_kernel
 from lit_peft.ops.low_rank import dropped, inner_gradients, narrow, outer, scaled
 from lit_peft.ops.recipes import as_dtype, autocasting, noted, recording
-from lit_peft.ops.shrink import dyb_db, shrink, spread, takes_shrink, takes_spread
+from lit_peft.ops.shrink import dyb_db, shrink, sizes, spread, takes
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # which autocast casts
@@ -127,7 +127,7 @@ def _way(x: Tensor, base: nn.Linear, a: Tensor, b: Tensor, p: float, kernels: bo
     ):
         return None
     r, tall = a.shape[0], b.shape[0]
-    shrinks, spreads = takes_shrink(x, r, p, kernels), takes_spread(x, tall, r, p, kernels)
+    shrinks, spreads = (takes(op, x, tall, r, p, kernels) for op in ("shrink", "spread"))
     if p:  # both draw the same mask, or neither does
         shrinks = spreads = shrinks and spreads
     around = None if kernels is False else _border(base, x, r, kernels)
@@ -140,8 +140,8 @@ def _border(base: nn.Linear, x: Tensor, r: int, kernels: bool | None) -> Border 
         return None
     found = borders.bordered(base)
     if found is None or found.width < r:
-        sizes = {"rows": x.numel() // x.shape[-1], "width": weight.shape[1], "tall": weight.shape[0]}
-        wanted = found is not None or (borders.allowed(base) and takes_kernel("border", x, kernels, **sizes))
+        told = sizes(x, weight.shape[0], r)
+        wanted = found is not None or (borders.allowed(base) and takes_kernel("border", x, kernels, **told))
         return borders.surround(base, r) if wanted and not borders.complaint(base) else None
     return found
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_peft.ops.recipes import Recipe, as_written, eager, recipe_of
-from lit_peft.ops.shrink import dyb_db, shrink, spread, taken, takes_shrink, takes_spread
+from lit_peft.ops.shrink import dyb_db, shrink, spread, taken, takes
 
 
 def reference(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, diagonal: Tensor | None = None) -> Tensor:
@@ -72,7 +72,7 @@ def low_rank_update(
         h = F.linear(x.to(y.dtype), a if diagonal is None else diagonal[:, None] * a).reshape(len(rows), len(a))
         return torch.addmm(rows, h, b.t(), alpha=scale).view(y.shape)
     launch = kernels is not False and y.numel() > 0
-    launch = launch and takes_shrink(x, len(a), dropout, kernels) and takes_spread(x, len(b), len(a), dropout, kernels)
+    launch = launch and all(takes(op, x, len(b), len(a), dropout, kernels) for op in ("shrink", "spread"))
     settings = scale, dropout, drawn(dropout), recipe_of(x), launch
     out: Tensor = _Update.apply(y, x, a, b, diagonal, *settings)  # type: ignore[no-untyped-call]
     return out

@@ -49,6 +49,15 @@ class Recipe:
         return OrderedDict, ()
 
 
+@dataclass(frozen=True)
+class _Copy:
+    tensor: Tensor
+    version: int  # of what it is a copy of
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # as above
+
+
 def note(x: Tensor, *parts: Tensor, make: Callable[..., Tensor]) -> Tensor:
     """Attach to x how it is made of some parts, and return x."""
     versions = tuple(tensor._version for tensor in (x, *parts))
@@ -73,12 +82,11 @@ def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x in another dtype, without gradients: the same copy to all that ask while x is what it was."""
     if x.dtype == dtype:
         return x.detach()
-    kept: tuple[int, Tensor] | None = getattr(x, "_copy", None)
-    if kept is None or kept[0] != x._version or kept[1].dtype != dtype:
-        kept = x._version, x.detach().to(dtype)
-        if torch.is_grad_enabled():  # queries, keys and values are made of one x: one copy serves, and is kept once
-            x._copy = kept  # type: ignore[attr-defined]
-    return kept[1]
+    kept = getattr(x, "_copy", None)
+    if not isinstance(kept, _Copy) or kept.version != x._version or kept.tensor.dtype != dtype:
+        # queries, keys and values are made of one x: one copy serves, and is kept once
+        kept = x._copy = _Copy(x.detach().to(dtype), x._version)  # type: ignore[attr-defined]
+    return kept.tensor
 
 
 def _itself(x: Tensor) -> Tensor:

@@ -19,22 +19,26 @@ from lit_peft.ops.choice import takes_kernel
 MOST = 128  # the largest rank that the kernels hold in registers
 
 
-def takes_shrink(x: Tensor, r: int, p: float, kernels: bool | None = None) -> bool:
-    """Return whether to launch `shrink` for x (..., in)."""
-    return _suits(x, r, p) and takes_kernel("shrink", x, kernels, rows=_rows(x), width=x.shape[-1], r=r)
+def takes(op: str, x: Tensor, tall: int, r: int, p: float, kernels: bool | None = None) -> bool:
+    """Return whether to launch the kernels of an op, `shrink` or `spread`, for x (..., in) and an update (..., out).
+
+    Args:
+        op: which.
+        x: in the dtype that is multiplied.
+        tall: out.
+        r: the rank; beyond `MOST`, and in float64, there are no kernels.
+        p: the share of entries that are dropped.
+        kernels: the caller's own choice; None: as measured.
+    """
+    if not 0 < r <= MOST or p >= 1 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    return takes_kernel(op, x, kernels, **sizes(x, tall, r))
 
 
-def takes_spread(x: Tensor, width: int, r: int, p: float, kernels: bool | None = None) -> bool:
-    """Return whether to launch `dyb_db` for a gradient (..., width) with as many rows as x."""
-    return _suits(x, r, p) and takes_kernel("spread", x, kernels, rows=_rows(x), width=width, r=r)
-
-
-def _suits(x: Tensor, r: int, p: float) -> bool:
-    return 0 < r <= MOST and p < 1 and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _rows(x: Tensor) -> int:
-    return x.numel() // max(x.shape[-1], 1)
+def sizes(x: Tensor, tall: int, r: int) -> dict[str, int]:
+    """Return what the crossovers of a layer's ops are told in."""
+    width = x.shape[-1]
+    return {"rows": x.numel() // max(width, 1), "width": width, "tall": tall, "r": r}
 
 
 def _even(x: Tensor) -> Tensor:

@@ -6,11 +6,15 @@ import io
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
 
@@ -330,3 +334,48 @@ def test_training_again_takes_the_layer_out() -> None:
     border.surround(layer, 2)
     layer.requires_grad_(True)
     assert border.bordered(layer) is None
+
+
+def test_a_border_is_made_only_where_it_was_measured_or_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, x = LoRALinear(layer_of(8, 12, torch.float32), LoRAConfig(r=2)), torch.randn(3, 8)
+    asked: list[dict[str, int]] = []
+
+    def takes(op: str, x: Tensor, kernels: bool | None = None, **sizes: int) -> bool:
+        asked.append(sizes)
+        return op == "border"
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    adapter(x)
+    monkeypatch.setattr(lora_linear, "takes_kernel", takes)
+    adapter(x)
+    assert not border.lined(adapter.base)  # nobody has said that no other layer has this weight
+    border.allow(adapter)
+    with monkeypatch.context() as plain:
+        plain.setattr(lora_linear, "takes_kernel", lambda *args, **sizes: False)
+        adapter(x)
+        assert not border.lined(adapter.base)
+    adapter(x)
+    assert border.bordered(adapter.base) is not None
+    assert asked == [{"rows": 3, "width": 8, "tall": 12, "r": 2}]
+
+
+def test_a_sharded_weight_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 puts whole weights in the place of shards while it computes: these are no weights of the layer's own."""
+    monkeypatch.setattr(lora_linear, "takes_kernel", lambda op, *args, **sizes: op == "border")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    adapter, x = LoRALinear(layer_of(8, 12, torch.float32), LoRAConfig(r=2)), torch.randn(3, 8)
+    nn.init.normal_(adapter.lora_b["default"])
+    border.allow(adapter)
+    wanted = torch.autograd.grad(adapter(x).sum(), list(adapter.lora_a.values()))
+    assert border.bordered(adapter.base) is not None
+    border.undo(adapter)  # sharding wants weights with memory of their own
+    border.allow(adapter)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(adapter, mesh=init_device_mesh("cpu", (1,)))
+        adapter(x).sum().backward()
+        assert not border.lined(adapter.base)
+        gradient: Any = adapter.lora_a["default"].grad
+        agree(gradient.full_tensor(), wanted[0], 1e-5)
+    finally:
+        dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """LoRA's linear layer as one function: under autocast, what it keeps, and how many operations it takes."""
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -203,3 +204,15 @@ def test_an_input_is_made_again_once_for_all_that_need_it() -> None:
         for mine, theirs in zip(found, wanted, strict=True):
             agree(mine, theirs, 1e-5)
     assert recipe_of(made).again.made is None
+
+
+def test_copies_and_files_of_an_input_hold_it_alone() -> None:
+    layer, (x, a, b) = layer_of(torch.float32), parts_of(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        first = lora_linear(x, layer, a, b, 0.5)
+        file = io.BytesIO()
+        torch.save(x, file)
+        file.seek(0)
+        for again in (copy.deepcopy(x), torch.load(file)):
+            assert again.equal(x)
+            assert lora_linear(again, layer, a, b, 0.5).equal(first)
