@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_peft.ops.choice import takes_kernel
-from lit_peft.ops.packed import Parts, gradients_of, inner, keep, kept, products
+from lit_peft.ops.packed import Parts, Shrunk, gradients_of, inner, keep, kept, products
 from lit_peft.ops.packed import reference as layers
 from lit_peft.ops.recipes import note, recipe_of
 
@@ -79,13 +79,13 @@ class _Product(torch.autograd.Function):
         return de, dg, None
 
 
-def gated_linear(x: Tensor, parts: Parts, *, shrunk: Tensor | None = None, kernels: bool | None = None) -> Tensor:
+def gated_linear(x: Tensor, parts: Parts, *, shrunk: Shrunk | None = None, kernels: bool | None = None) -> Tensor:
     """Return silu(y_1) y_2 of two layers that read x, with a note of how it is made again.
 
     Args:
         x: the input (..., in), in the weights' dtype.
         parts: the two layers, both of width f.
-        shrunk: H, where it is there already.
+        shrunk: A in x's dtype and H, where they are there already.
         kernels: whether to launch the kernels; None: as measured.
 
     Returns:
@@ -132,7 +132,7 @@ class _Gated(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        shrunk: Tensor | None,
+        shrunk: Shrunk | None,
         how: tuple[Any, ...],
         *factors: Tensor | None,
     ) -> tuple[Tensor, ...]:

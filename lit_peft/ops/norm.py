@@ -4,6 +4,8 @@
 
 with g the gradient of y, and means over the last dimension. Kept: x and rho. The mean is taken in float32; u is rounded
 to x's dtype before it is multiplied by w, as the models' own code does.
+
+Where low-rank updates read y, their first product H = A y^T = rho (A (w x)^T) can be had from the same reading of x.
 """
 
 from __future__ import annotations
@@ -57,6 +59,45 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, kernels: bool | None = No
     return note(out, x, weight, rho, make=normalised)
 
 
+def norm_shrink(
+    x: Tensor, weight: Tensor, eps: float, a: Tensor, *, kernels: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return y as `rms_norm` does, and H = A y^T, of which no gradients are recorded.
+
+    Args:
+        x: (..., width).
+        weight: w (width,), frozen.
+        eps: added to the mean square.
+        a: A (r, width), in x's dtype.
+        kernels: whether to launch the kernel; None: as measured.
+
+    Returns:
+        y (..., width) and H (r, rows), in x's dtype.
+
+    Example:
+        >>> import torch
+        >>> y, h = norm_shrink(torch.tensor([[3.0, -3.0]]), torch.ones(2), 0.0, torch.tensor([[2.0, 0.0]]))
+        >>> y.tolist(), h.tolist()
+        ([[1.0, -1.0]], [[2.0]])
+    """
+    if not shrinks(x, weight, len(a), kernels):
+        y = rms_norm(x, weight, eps, kernels=kernels)
+        return y, (a @ y.reshape(-1, y.shape[-1]).t()).detach()
+    with torch.no_grad():
+        made, rho, h = _norm_shrink(x.detach(), weight, a.detach(), eps)
+    out: Tensor = _Norm.apply(x, weight, rho, made, True)  # type: ignore[no-untyped-call]
+    return note(out, x, weight, rho, make=normalised), h
+
+
+def shrinks(x: Tensor, weight: Tensor, r: int, kernels: bool | None = None) -> bool:
+    """Return whether `norm_shrink` launches its kernel for an A of rank r.
+
+    Not in float16, in which w x could be too large before it is normalised.
+    """
+    fits = weight.dtype == x.dtype and x.dtype in (torch.bfloat16, torch.float32) and 0 < r <= 128
+    return fits and takes_kernel("norm_shrink", x, kernels, rows=x.numel() // x.shape[-1], width=x.shape[-1])
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, rho: Tensor, y: Tensor, launch: bool) -> Tensor:
@@ -101,3 +142,17 @@ def _norm_backward(g: Tensor, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
 @_norm_backward.register_fake
 def _(g: Tensor, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("lit_peft::norm_shrink", mutates_args=())
+def _norm_shrink(x: Tensor, weight: Tensor, a: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    from lit_peft.kernels.norm import norm_shrink
+
+    y, rho, h = norm_shrink(x.reshape(-1, x.shape[-1]).contiguous(), weight, a.contiguous(), eps)
+    return y.view(x.shape), rho.view(*x.shape[:-1], 1), h
+
+
+@_norm_shrink.register_fake
+def _(x: Tensor, weight: Tensor, a: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    rho = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), rho, x.new_empty(len(a), x.numel() // x.shape[-1])

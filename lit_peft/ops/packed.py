@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from lit_peft.ops.recipes import Recipe, recipe_of
 
 Pair = tuple[Tensor, Tensor, float]  # A, B and s
+Shrunk = tuple[Tensor, Tensor]  # A and H
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ def reference(x: Tensor, parts: Parts) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-def packed_linear(x: Tensor, parts: Parts, *, apart: int = 0, shrunk: Tensor | None = None) -> tuple[Tensor, ...]:
+def packed_linear(x: Tensor, parts: Parts, *, apart: int = 0, shrunk: Shrunk | None = None) -> tuple[Tensor, ...]:
     """Return all y_i.
 
     Args:
         x: the input (..., in), in the weights' dtype.
         parts: the layers.
         apart: how many of the last outputs get memory of their own; the others are slices of one tensor.
-        shrunk: H, where it is there already.
+        shrunk: A in x's dtype and H, where they are there already.
 
     Returns:
         y_i (..., out_i). A second derivative is not there: asking for one raises.
@@ -97,7 +98,7 @@ class _Packed(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        shrunk: Tensor | None,
+        shrunk: Shrunk | None,
         how: tuple[Any, ...],
         *factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
@@ -123,15 +124,17 @@ class _Packed(torch.autograd.Function):
 
 
 def products(
-    x: Tensor, weight: Tensor, bias: Tensor | None, shrunk: Tensor | None, factors: Sequence[Tensor | None]
+    x: Tensor, weight: Tensor, bias: Tensor | None, shrunk: Shrunk | None, factors: Sequence[Tensor | None]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return x W^T + c (rows, sum of out_i), A (sum of r_i, in) and H (sum of r_i, rows); the last two may be empty."""
     rows = x.reshape(-1, x.shape[-1])
+    base = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
     there = [a for a in factors if a is not None]
-    stack = x.new_empty(0, x.shape[-1]) if not there else there[0] if len(there) == 1 else torch.cat(there)
+    if shrunk is not None or not there:
+        return base, *(shrunk or (x.new_empty(0), x.new_empty(0)))
+    stack = there[0] if len(there) == 1 else torch.cat(there)
     # H is (r, rows), not (rows, r): products with narrow results are up to four times slower on CPUs
-    h = stack @ rows.t() if shrunk is None and there else x.new_empty(0) if shrunk is None else shrunk
-    return rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t()), stack, h
+    return base, stack, stack @ rows.t()
 
 
 def inner(bs: Sequence[Tensor | None]) -> Iterator[tuple[int, Tensor, slice]]:
