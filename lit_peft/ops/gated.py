@@ -155,18 +155,17 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
-        base, h = ctx.saved_tensors[-2:]
+        saved, (base, h) = kept(ctx)
         e, g = base.chunk(2, 1)
         d = _rows(gradient)
         if ctx.launch:
-            bs = kept(ctx)[3]
-            both = _gated_backward(d, e, g, *_low(h, bs, ctx.made[3]))
+            both = _gated_backward(d, e, g, *_low(h, saved[3], ctx.made[3]))
         else:
             both = torch.empty_like(base)
             de, dg = both.chunk(2, 1)
             torch.ops.aten.silu_backward.grad_input(torch.mul(d, g, out=de), e, grad_input=de)
             torch.mul(F.silu(e), d, out=dg)
-        return gradients_of(ctx, both, *kept(ctx))
+        return gradients_of(ctx, both, *saved)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class _Packed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]  # a second derivative would lack H's
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         g = torch.cat([gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients], 1)
-        return gradients_of(ctx, g, *kept(ctx))
+        return gradients_of(ctx, g, *kept(ctx)[0])
 
 
 def products(
@@ -164,11 +164,12 @@ def keep(
     ctx.of_x = len(parts)
 
 
-def kept(ctx: Any) -> tuple[Any, ...]:
-    """Return what `keep` saved, as the further arguments of `gradients_of`."""
-    weight, stack, h, *rest = ctx.saved_tensors
+def kept(ctx: Any) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """Return what `keep` saved: the further arguments of `gradients_of`, and what more there is."""
+    weight, stack, h, *rest = ctx.saved_tensors  # read once: gradient checkpointing refuses a second time
     number = len(ctx.made[2])
-    return weight, stack, h, rest[:number], rest[number : number + ctx.of_x]
+    end = number + ctx.of_x
+    return (weight, stack, h, rest[:number], rest[number:end]), rest[end:]
 
 
 def gradients_of(
