@@ -22,6 +22,8 @@ from lit_peft.ops.packed import Parts, Shrunk, gradients_of, inner, keep, kept, 
 from lit_peft.ops.packed import reference as layers
 from lit_peft.ops.recipes import note, recipe_of
 
+MOST = 64  # the highest rank whose update the kernels add: more does not fit into registers
+
 
 def reference(x: Tensor, parts: Parts) -> Tensor:
     """Return silu(y_1) y_2 with plain operations: x (..., in), y_i (..., f)."""
@@ -97,8 +99,9 @@ def gated_linear(x: Tensor, parts: Parts, *, shrunk: Shrunk | None = None, kerne
         >>> gated_linear(torch.ones(1, 1), parts).tolist()
         [[0.0]]
     """
-    width = parts.sizes[0]
-    launch = takes_kernel("gated", x, kernels, rows=x.numel() // max(1, x.shape[-1]), width=width)
+    width, ranks = parts.sizes[0], [len(pair[0]) for pair in parts.pairs if pair is not None]
+    fits = max(ranks, default=0) <= MOST
+    launch = fits and takes_kernel("gated", x, kernels, rows=x.numel() // max(1, x.shape[-1]), width=width)
     how = (parts.sizes, parts.scales, launch, recipe_of(x))
     factors = parts.factors(x.dtype)
     product, base, h = _Gated.apply(x, parts.weight, parts.bias, shrunk, how, *factors)  # type: ignore[no-untyped-call]

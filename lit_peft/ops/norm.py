@@ -94,8 +94,8 @@ def shrinks(x: Tensor, weight: Tensor, r: int, kernels: bool | None = None) -> b
 
     Not in float16, in which w x could be too large before it is normalised.
     """
-    fits = weight.dtype == x.dtype and x.dtype in (torch.bfloat16, torch.float32) and 0 < r <= 128
-    return fits and takes_kernel("norm_shrink", x, kernels, rows=x.numel() // x.shape[-1], width=x.shape[-1])
+    most = {torch.bfloat16: 128, torch.float32: 64}.get(x.dtype, 0)  # what fits into registers
+    return weight.dtype == x.dtype and 0 < r <= most and takes_kernel("norm_shrink", x, kernels, rows=x.numel() // x.shape[-1], width=x.shape[-1])
 
 
 class _Norm(torch.autograd.Function):
