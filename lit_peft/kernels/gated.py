@@ -73,16 +73,14 @@ def _padded(r: int) -> int:
     return max(16, triton.next_power_of_2(r))
 
 
-def _options(r_e: int, r_g: int, itemsize: int, backward: bool = False) -> dict[str, int]:
-    # the product of a tile has its whole inner side in registers: smaller tiles where ranks are high, or more is held
-    less = max(_padded(r_e), _padded(r_g)) > 32 or itemsize > 2 or backward
-    return {"BLOCK_M": 32 if itemsize > 2 else 64, "BLOCK_N": 64 if less else 128, "num_warps": 4}
+def _options(itemsize: int) -> dict[str, int]:
+    return {"BLOCK_M": 32 if itemsize > 2 else 64, "BLOCK_N": 64, "num_warps": 4}
 
 
 def _launch(kernel: Any, ends: tuple[Tensor, ...], e: Tensor, g: Tensor, low: tuple[Any, ...], out: Tensor) -> Tensor:
     h_e, b_e, s_e, h_g, b_g, s_g = low
     (rows, width), ranks = e.shape, tuple(0 if h is None else len(h) for h in (h_e, h_g))
-    options = _options(*ranks, e.element_size(), bool(ends))
+    options = _options(e.element_size())
     grid = (triton.cdiv(rows, options["BLOCK_M"]), triton.cdiv(width, options["BLOCK_N"]))
     pairs = (e if part is None else part.contiguous() for part in (h_e, b_e, h_g, b_g))
     kernel[grid](
@@ -129,7 +127,7 @@ def _builds() -> list[Build]:
             "e_scale": 2.0, "g_scale": 2.0, "R_E": r, "R_G": r, "PAD_E": _padded(r), "PAD_G": _padded(r),
         }  # fmt: skip
         for name, kernel, more in (("gated", gated_kernel, {}), ("gated backward", gated_backward_kernel, {"d_ptr": dtype})):
-            blocks = _options(r, r, size, bool(more))
+            blocks = _options(size)
             options = {"num_warps": blocks.pop("num_warps")}
             products = r > 0 and size == 2
             made.append(Build(f"{name}, {label}, r {r}", kernel, arguments | more | blocks, options, products))
