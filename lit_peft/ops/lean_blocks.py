@@ -11,11 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lit_peft.ops.choice import takes_kernel
 from lit_peft.ops.gated import gated_linear, gated_product
 from lit_peft.ops.norm import norm_shrink, rms_norm, shrinks
 from lit_peft.ops.packed import Parts, Shrunk, packed_linear
 from lit_peft.ops.parts import parts_of, pays, watched
 from lit_peft.ops.recipes import recipe_of, recording, signed
+from lit_peft.ops.rotary import turning
 
 
 class Lean(nn.Module):
@@ -126,6 +128,9 @@ class LeanAttention(LeanBlock):
         own = type(self.plain).forward
         if not recording():
             return own(self, *args, **kwargs)
+        x = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(x, Tensor) and takes_kernel("rotary", x, rows=x.numel() // max(1, x.shape[-1])):
+            own = turning(own)
         shared = _Shared(self)
         copy = object.__new__(type(self.plain))
         state = {key: value for key, value in self.__dict__.items() if key not in ("plain", "reader")}
