@@ -29,7 +29,7 @@ def _expanded(
         h_inside, b_inside = (row < rows)[:, None] & (at < R)[None, :], (at < R)[:, None] & (column < width)[None, :]
         h = tl.load(h_ptr + at[None, :].to(tl.int64) * rows + row[:, None], mask=h_inside, other=0.0)
         b = tl.load(b_ptr + column[None, :] * R + at[:, None], mask=b_inside, other=0.0)
-        y += scale * tl.dot(h, b, input_precision="ieee")
+        y += scale * tl.dot(h, b.to(h.dtype), input_precision="ieee")
     return y
 
 
@@ -123,7 +123,7 @@ def _builds() -> list[Build]:
     ):
         names = ("e_ptr", "g_ptr", "he_ptr", "be_ptr", "hg_ptr", "bg_ptr", "out_ptr")
         arguments: dict[str, Any] = {
-            **dict.fromkeys(names, dtype), "rows": 8192, "width": 14336, "e_stride": 28672, "g_stride": 28672,
+            **dict.fromkeys(names, dtype), "be_ptr": tl.float32, "bg_ptr": tl.float32, "rows": 8192, "width": 14336, "e_stride": 28672, "g_stride": 28672,
             "e_scale": 2.0, "g_scale": 2.0, "R_E": r, "R_G": r, "PAD_E": _padded(r), "PAD_G": _padded(r),
         }  # fmt: skip
         for name, kernel, more in (("gated", gated_kernel, {}), ("gated backward", gated_backward_kernel, {"d_ptr": dtype})):

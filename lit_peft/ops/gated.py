@@ -18,12 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_peft.ops.choice import takes_kernel
-from lit_peft.ops.packed import Parts, Shrunk, gradients_of, inner, keep, kept, products
+from lit_peft.ops.packed import Parts, Shrunk, gradients_of, inner, keep, kept, products, ready
 from lit_peft.ops.packed import reference as layers
 from lit_peft.ops.recipes import note, recipe_of
-
-MOST = 64  # the highest rank whose update the kernels add: more does not fit into registers
-
 
 def reference(x: Tensor, parts: Parts) -> Tensor:
     """Return silu(y_1) y_2 with plain operations: x (..., in), y_i (..., f)."""
@@ -99,11 +96,8 @@ def gated_linear(x: Tensor, parts: Parts, *, shrunk: Shrunk | None = None, kerne
         >>> gated_linear(torch.ones(1, 1), parts).tolist()
         [[0.0]]
     """
-    width, ranks = parts.sizes[0], [len(pair[0]) for pair in parts.pairs if pair is not None]
-    fits = max(ranks, default=0) <= MOST
-    launch = fits and takes_kernel("gated", x, kernels, rows=x.numel() // max(1, x.shape[-1]), width=width)
+    launch, factors = parts.launches("gated", x, kernels), parts.factors()
     how = (parts.sizes, parts.scales, launch, recipe_of(x))
-    factors = parts.factors(x.dtype)
     product, base, h = _Gated.apply(x, parts.weight, parts.bias, shrunk, how, *factors)  # type: ignore[no-untyped-call]
     make = partial(_again, scales=parts.scales, there=tuple(b is not None for b in factors[2:]), launch=launch)
     made: Tensor = product
@@ -140,7 +134,7 @@ class _Gated(torch.autograd.Function):
         *factors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         sizes, scales, launch, recipe = how
-        bs = factors[2:]
+        bs = ready(factors[2:], x.dtype, launch)
         base, stack, h = products(x, weight, bias, shrunk, factors[:2])
         e, g = base.split(sizes, 1)
         if launch:
@@ -150,8 +144,8 @@ class _Gated(torch.autograd.Function):
                 (e, g)[i].addmm_(h[at].t(), b.t(), alpha=scales[i])
             product = silu_product(e, g)
         keep(ctx, weight, stack, h, bs, recipe, (base, h))
-        ctx.made = recipe.make, x.shape, sizes, scales
-        ctx.launch = launch
+        ctx.made = recipe.make, x.shape, sizes, scales, launch, [None if f is None else f.dtype for f in factors]
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(base, h)
         return product.view(*x.shape[:-1], sizes[0]), base, h
 
@@ -161,14 +155,14 @@ class _Gated(torch.autograd.Function):
         saved, (base, h) = kept(ctx)
         e, g = base.chunk(2, 1)
         d = _rows(gradient)
-        if ctx.launch:
+        if ctx.made[4]:
             both = _gated_backward(d, e, g, *_low(h, saved[3], ctx.made[3]))
         else:
             both = torch.empty_like(base)
             de, dg = both.chunk(2, 1)
             torch.ops.aten.silu_backward.grad_input(torch.mul(d, g, out=de), e, grad_input=de)
             torch.mul(F.silu(e), d, out=dg)
-        return gradients_of(ctx, both, *saved)
+        return gradients_of(ctx, both.chunk(2, 1), both, *saved)
 
 
 def _rows(x: Tensor) -> Tensor:

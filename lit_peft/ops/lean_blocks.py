@@ -61,7 +61,7 @@ class LeanNorm(Lean):
         reader: LeanBlock | None = self.__dict__.get("reader")
         factors = () if reader is None else reader.factors(x)
         if factors and shrinks(x, self.weight, sum(map(len, factors))):
-            stack = torch.cat([a.detach().to(x.dtype) for a in factors])
+            stack = torch.cat([a.detach() for a in factors]).to(x.dtype)
             y, h = norm_shrink(x, self.weight, self.variance_epsilon, stack)
             return signed(y, Normed(self, (stack, h), factors))
         return signed(rms_norm(x, self.weight, self.variance_epsilon), Normed(self))
@@ -151,7 +151,7 @@ class _Shared:
             self.x = x
             parts = self.block.parts(x)
             # the values are kept for the backward pass: a slice would keep queries and keys with them
-            ys = () if parts is None else packed_linear(x, parts, apart=1, shrunk=self.block.shrunk(x, parts))
+            ys = () if parts is None else packed_linear(x, parts, apart=True, shrunk=self.block.shrunk(x, parts))
             self.found = dict(zip(self.block.reads, ys, strict=bool(ys)))
         y = self.found.pop(name, None)
         return getattr(self.block, name)(x) if y is None else y  # type: ignore[no-any-return]

@@ -10,6 +10,7 @@ Where low-rank updates read y, their first product H = A y^T = rho (A (w x)^T) c
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, kernels: bool | None = No
             rho = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
             y = normalised(x, weight, rho)
     out: Tensor = _Norm.apply(x, weight, rho, y, launch)  # type: ignore[no-untyped-call]
+    if launch:
+        return note(out, x, weight, make=partial(_launched, eps=eps))
     return note(out, x, weight, rho, make=normalised)
+
+
+def _launched(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _norm(x, weight, eps)[0]
 
 
 def norm_shrink(
@@ -86,7 +93,7 @@ def norm_shrink(
     with torch.no_grad():
         made, rho, h = _norm_shrink(x.detach(), weight, a.detach(), eps)
     out: Tensor = _Norm.apply(x, weight, rho, made, True)  # type: ignore[no-untyped-call]
-    return note(out, x, weight, rho, make=normalised), h
+    return note(out, x, weight, make=partial(_launched, eps=eps)), h
 
 
 def shrinks(x: Tensor, weight: Tensor, r: int, kernels: bool | None = None) -> bool:

@@ -98,7 +98,7 @@ def leaves(x: Tensor, parts: Parts) -> list[Tensor]:
 def test_three_layers(shape: tuple[int, ...], ranks: tuple[int | None, ...], dtype: torch.dtype) -> None:
     sizes = (11, 5, 3)
     pairs = tuple(None if r is None else pair(size, 7, r, dtype, r) for size, r in zip(sizes, ranks, strict=True))
-    for apart, bias in ((0, None), (1, drawn(19, dtype=dtype, seed=8).detach())):
+    for apart, bias in ((False, None), (True, drawn(19, dtype=dtype, seed=8).detach())):
         x = drawn(*shape, 7, dtype=dtype, seed=9)
         parts = Parts(drawn(19, 7, dtype=dtype, seed=10).detach(), bias, sizes, pairs)
         x_exact, parts_exact = x.detach().double().requires_grad_(), exact(parts)
