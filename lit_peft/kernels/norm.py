@@ -6,6 +6,7 @@ H = A y^T = rho (A (w x)^T)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import triton
@@ -49,15 +50,16 @@ def norm_backward_kernel(g_ptr, x_ptr, w_ptr, rho_ptr, dx_ptr, width, BLOCK: tl.
 
 @triton.jit
 def norm_shrink_kernel(
-    x_ptr, w_ptr, a_ptr, y_ptr, rho_ptr, h_ptr, rows, width, eps,
-    R: tl.constexpr, PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, w_ptr, a0_ptr, a1_ptr, a2_ptr, y_ptr, rho_ptr, h_ptr, stack_ptr, rows, width, eps,
+    R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
+    PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y (rows, width), rho (rows,) in float32 and H (R, rows), of A (R, width); BLOCK_M rows a program.
+    """y (rows, width), rho (rows,) in float32, H (R, rows) and A (R, width), of A_i (R_i, width); BLOCK_M rows a program.
 
     The sum of squares and A (w x)^T come from one pass over x; the second, for y, finds x in the cache.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = tl.arange(0, PAD)
+    r, first, R = tl.arange(0, PAD)[None, :], tl.program_id(0) == 0, R0 + R1 + R2
     squares = tl.zeros((BLOCK_M,), tl.float32)
     h = tl.zeros((BLOCK_M, PAD), tl.float32)
     for start in range(0, width, BLOCK_K):
@@ -65,15 +67,24 @@ def norm_shrink_kernel(
         inside = (row < rows)[:, None] & (at < width)[None, :]
         x = tl.load(x_ptr + row[:, None] * width + at[None, :], mask=inside, other=0.0).to(tl.float32)
         w = tl.load(w_ptr + at, mask=at < width, other=0.0).to(tl.float32)
-        a_inside = (at < width)[:, None] & (r < R)[None, :]
-        a = tl.load(a_ptr + r[None, :] * width + at[:, None], mask=a_inside, other=0.0)
+        here = r * width + at[:, None]
+        reach = (at < width)[:, None]
+        a = tl.load(a0_ptr + here, mask=reach & (r < R0), other=0.0).to(tl.float32)
+        if R1 > 0:
+            inner = reach & (r >= R0) & (r < R0 + R1)
+            a += tl.load(a1_ptr + here - R0 * width, mask=inner, other=0.0).to(tl.float32)
+        if R2 > 0:
+            inner = reach & (r >= R0 + R1) & (r < R)
+            a += tl.load(a2_ptr + here - (R0 + R1) * width, mask=inner, other=0.0).to(tl.float32)
+        rounded = a.to(stack_ptr.dtype.element_ty)
+        if first:
+            tl.store(stack_ptr + here, rounded, mask=reach & (r < R))
         squares += tl.sum(x * x, 1)
-        h += tl.dot((x * w[None, :]).to(a.dtype), a, input_precision="ieee")
+        h += tl.dot((x * w[None, :]).to(rounded.dtype), rounded, input_precision="ieee")
     rho = 1 / tl.sqrt(squares / width + eps)
     tl.store(rho_ptr + row, rho, mask=row < rows)
-    h_inside = (row < rows)[:, None] & (r < R)[None, :]
     h = (h * rho[:, None]).to(h_ptr.dtype.element_ty)
-    tl.store(h_ptr + r[None, :].to(tl.int64) * rows + row[:, None], h, mask=h_inside)
+    tl.store(h_ptr + r.to(tl.int64) * rows + row[:, None], h, mask=(row < rows)[:, None] & (r < R))
     for start in range(0, width, BLOCK_K):
         at = start + tl.arange(0, BLOCK_K)
         inside = (row < rows)[:, None] & (at < width)[None, :]
@@ -111,29 +122,43 @@ def norm_backward(g: Tensor, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
 
 def _blocks(r: int, itemsize: int) -> dict[str, int]:
     pad = max(16, triton.next_power_of_2(r))
-    return {"PAD": pad, "BLOCK_M": 16 if itemsize > 2 else 64, "BLOCK_K": 64}
+    return {"PAD": pad, "BLOCK_M": 16 if itemsize > 2 else 64, "BLOCK_K": 64, "num_warps": 8 if pad > 32 else 4}
 
 
-def norm_shrink(x: Tensor, weight: Tensor, a: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y (rows, width), rho (rows,) and H (r, rows), of contiguous x (rows, width), w (width,), A (r, width)."""
+def norm_shrink(
+    x: Tensor, weight: Tensor, factors: Sequence[Tensor], eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y (rows, width), rho (rows,), H (r, rows) and A (r, width) in x's dtype.
+
+    Args:
+        x: (rows, width), contiguous.
+        weight: w (width,).
+        factors: A_i (r_i, width), one to three, contiguous, in any dtype.
+        eps: added to the mean square.
+    """
     import torch
 
-    (rows, width), r = x.shape, len(a)
+    (rows, width), ranks = x.shape, [len(a) for a in factors]
+    r, absent = sum(ranks), 3 - len(ranks)
     y, rho = torch.empty_like(x), torch.empty(rows, device=x.device, dtype=torch.float32)
-    h = torch.empty((r, rows), device=x.device, dtype=x.dtype)
-    blocks = _blocks(r, x.element_size())
-    grid = (triton.cdiv(rows, blocks["BLOCK_M"]),)
-    norm_shrink_kernel[grid](x, weight, a, y, rho, h, rows, width, eps, R=r, **blocks, num_warps=4)
-    return y, rho, h
+    h, stack = (torch.empty(shape, device=x.device, dtype=x.dtype) for shape in ((r, rows), (r, width)))
+    blocks, (r0, r1, r2) = _blocks(r, x.element_size()), [*ranks, *[0] * absent]
+    norm_shrink_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]),)](
+        x, weight, *factors, *[x] * absent, y, rho, h, stack, rows, width, eps, R0=r0, R1=r1, R2=r2, **blocks,
+    )  # fmt: skip
+    return y, rho, h, stack
 
 
 def _builds() -> list[Build]:
     made = []
-    for label, dtype, size, r in (("bf16", tl.bfloat16, 2, 128), ("fp32", tl.float32, 4, 48)):
-        tensors = dict.fromkeys(("x_ptr", "w_ptr", "a_ptr", "y_ptr", "h_ptr"), dtype) | {"rho_ptr": tl.float32}
-        sizes = {"rows": 8192, "width": 4096, "eps": 1e-6, "R": r, **_blocks(r, size)}
+    for label, dtype, size, r in (("bf16", tl.bfloat16, 2, 64), ("fp32", tl.float32, 4, 64)):
+        tensors = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr", "h_ptr", "stack_ptr"), dtype)
+        tensors |= dict.fromkeys(("rho_ptr", "a0_ptr", "a1_ptr", "a2_ptr"), tl.float32)
+        ranks = {"R0": r // 2, "R1": r // 4, "R2": r // 4}
+        sizes = {"rows": 8192, "width": 4096, "eps": 1e-6, **ranks, **_blocks(r, size)}
+        options = {"num_warps": sizes.pop("num_warps")}
         name = f"norm and shrink, {label}, r {r}"
-        made.append(Build(name, norm_shrink_kernel, tensors | sizes, {"num_warps": 4}, products=size == 2))
+        made.append(Build(name, norm_shrink_kernel, tensors | sizes, options, products=size == 2))
     for label, dtype in (("bf16", tl.bfloat16), ("fp16", tl.float16), ("fp32", tl.float32)):
         for width in (2048, 4096) if label == "bf16" else (4096,):
             common: dict[str, Any] = {"width": width, "BLOCK": width}

@@ -60,10 +60,9 @@ class LeanNorm(Lean):
         # found out by the last reader itself, see `LeanBlock.parts`; in __dict__, since it is no child
         reader: LeanBlock | None = self.__dict__.get("reader")
         factors = () if reader is None else reader.factors(x)
-        if factors and shrinks(x, self.weight, sum(map(len, factors))):
-            stack = torch.cat([a.detach() for a in factors]).to(x.dtype)
-            y, h = norm_shrink(x, self.weight, self.variance_epsilon, stack)
-            return signed(y, Normed(self, (stack, h), factors))
+        if factors and shrinks(x, self.weight, factors):
+            y, a, h = norm_shrink(x, self.weight, self.variance_epsilon, factors)
+            return signed(y, Normed(self, (a, h), factors))
         return signed(rms_norm(x, self.weight, self.variance_epsilon), Normed(self))
 
 
