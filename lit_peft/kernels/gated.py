@@ -126,7 +126,10 @@ def _builds() -> list[Build]:
             **dict.fromkeys(names, dtype), "be_ptr": tl.float32, "bg_ptr": tl.float32, "rows": 8192, "width": 14336, "e_stride": 28672, "g_stride": 28672,
             "e_scale": 2.0, "g_scale": 2.0, "R_E": r, "R_G": r, "PAD_E": _padded(r), "PAD_G": _padded(r),
         }  # fmt: skip
-        for name, kernel, more in (("gated", gated_kernel, {}), ("gated backward", gated_backward_kernel, {"d_ptr": dtype})):
+        for name, kernel, more in (
+            ("gated", gated_kernel, {}),
+            ("gated backward", gated_backward_kernel, {"d_ptr": dtype}),
+        ):
             blocks = _options(size)
             options = {"num_warps": blocks.pop("num_warps")}
             products = r > 0 and size == 2

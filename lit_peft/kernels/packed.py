@@ -29,7 +29,10 @@ def _added(
         y = tl.load(y_ptr + row[:, None] * y_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
         if R > 0:
             at = tl.arange(0, PAD)
-            h_inside, b_inside = (row < rows)[:, None] & (at < R)[None, :], (at < R)[:, None] & (column < width)[None, :]
+            h_inside, b_inside = (
+                (row < rows)[:, None] & (at < R)[None, :],
+                (at < R)[:, None] & (column < width)[None, :],
+            )
             h = tl.load(h_ptr + at[None, :].to(tl.int64) * rows + row[:, None], mask=h_inside, other=0.0)
             b = tl.load(b_ptr + column[None, :] * R + at[:, None], mask=b_inside, other=0.0).to(h.dtype)
             y += scale * tl.dot(h, b, input_precision="ieee")
@@ -77,7 +80,9 @@ def _shrunk(
             if PACK:
                 tl.store(all_ptr + row[:, None] * total + at[None, :], g, mask=inside)
             if R > 0:
-                b = tl.load(b_ptr + at[:, None] * R + r[None, :], mask=(at < width)[:, None] & (r < R)[None, :], other=0.0)
+                b = tl.load(
+                    b_ptr + at[:, None] * R + r[None, :], mask=(at < width)[:, None] & (r < R)[None, :], other=0.0
+                )
                 p += tl.dot(g, b.to(g.dtype), input_precision="ieee")
         if R > 0:
             inside = (row < rows)[:, None] & (r < R)[None, :]
@@ -159,7 +164,11 @@ def spread(gs: Sequence[Tensor], bs: Sequence[Tensor], scales: Sequence[float], 
 
 def _builds() -> list[Build]:
     made = []
-    for label, dtype, size, r in (("bf16", tl.bfloat16, 2, 16), ("bf16", tl.bfloat16, 2, 64), ("fp32", tl.float32, 4, 16)):
+    for label, dtype, size, r in (
+        ("bf16", tl.bfloat16, 2, 16),
+        ("bf16", tl.bfloat16, 2, 64),
+        ("fp32", tl.float32, 4, 16),
+    ):
         common: dict[str, Any] = {"rows": 8192, "n0": 4096, "n1": 1024, "n2": 1024, "s0": 2.0, "s1": 2.0, "s2": 2.0}
         common |= {"R0": r, "R1": r, "R2": r, **_options((r,), size)}
         options = {"num_warps": common.pop("num_warps")}

@@ -22,6 +22,7 @@ from lit_peft.ops.packed import Parts, Shrunk, gradients_of, inner, keep, kept, 
 from lit_peft.ops.packed import reference as layers
 from lit_peft.ops.recipes import note, recipe_of
 
+
 def reference(x: Tensor, parts: Parts) -> Tensor:
     """Return silu(y_1) y_2 with plain operations: x (..., in), y_i (..., f)."""
     e, g = layers(x, parts)

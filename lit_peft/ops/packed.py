@@ -241,7 +241,11 @@ def gradients_of(
         for i, b, at in found if needed[0] or any(of_a) else ():
             p[at].addmm_(b.t(), pieces[i].t(), beta=0, alpha=scales[i])
     if any(of_b):
-        blocks = _blocks(h, g, found, sizes, scales) if launch else [_product(h[at], pieces[i], scales[i]) for i, _, at in found]
+        blocks = (
+            _blocks(h, g, found, sizes, scales)
+            if launch
+            else [_product(h[at], pieces[i], scales[i]) for i, _, at in found]
+        )
         for (i, _, _), block in zip(found, blocks, strict=True):
             dbs[i] = block.to(dtypes[number + i]).t() if of_b[i] else None
     if needed[0] and weight is not None:
@@ -284,9 +288,7 @@ def _(y: Tensor, h: Tensor, bs: Sequence[Tensor], scales: Sequence[float], apart
 
 
 @torch.library.custom_op("lit_peft::spread", mutates_args=())
-def _spread(
-    gs: Sequence[Tensor], bs: Sequence[Tensor], scales: Sequence[float], pack: bool
-) -> tuple[Tensor, Tensor]:
+def _spread(gs: Sequence[Tensor], bs: Sequence[Tensor], scales: Sequence[float], pack: bool) -> tuple[Tensor, Tensor]:
     from lit_peft.kernels.packed import spread
 
     return spread([g if g.stride(-1) == 1 else g.contiguous() for g in gs], bs, scales, pack)
