@@ -70,7 +70,8 @@ def gated_backward_kernel(
 
 
 def _padded(r: int) -> int:
-    return max(16, triton.next_power_of_2(r))
+    padded: int = max(16, triton.next_power_of_2(r))
+    return padded
 
 
 def _options(itemsize: int) -> dict[str, int]:
@@ -104,7 +105,7 @@ def gated(e: Tensor, g: Tensor, *low: Any) -> Tensor:
 
 
 def gated_backward(d: Tensor, e: Tensor, g: Tensor, *low: Any) -> Tensor:
-    """Return de and dg beside each other (rows, 2 width), of the gradient d (rows, width), contiguous; as in `gated`."""
+    """Return de and dg beside each other (rows, 2 width), of contiguous d (rows, width) and the rest as in `gated`."""
     import torch
 
     rows, width = e.shape
@@ -123,7 +124,8 @@ def _builds() -> list[Build]:
     ):
         names = ("e_ptr", "g_ptr", "he_ptr", "be_ptr", "hg_ptr", "bg_ptr", "out_ptr")
         arguments: dict[str, Any] = {
-            **dict.fromkeys(names, dtype), "be_ptr": tl.float32, "bg_ptr": tl.float32, "rows": 8192, "width": 14336, "e_stride": 28672, "g_stride": 28672,
+            **dict.fromkeys(names, dtype), "be_ptr": tl.float32, "bg_ptr": tl.float32,
+            "rows": 8192, "width": 14336, "e_stride": 28672, "g_stride": 28672,
             "e_scale": 2.0, "g_scale": 2.0, "R_E": r, "R_G": r, "PAD_E": _padded(r), "PAD_G": _padded(r),
         }  # fmt: skip
         for name, kernel, more in (

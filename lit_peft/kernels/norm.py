@@ -54,7 +54,7 @@ def norm_shrink_kernel(
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """y (rows, width), rho (rows,) in float32, H (R, rows) and A (R, width), of A_i (R_i, width); BLOCK_M rows a program.
+    """y (rows, width), rho (rows,) in float32, H (R, rows), and A (R, width) of A_i (R_i, width); a block of rows.
 
     The sum of squares and A (w x)^T come from one pass over x; the second, for y, finds x in the cache.
     """
@@ -155,8 +155,9 @@ def _builds() -> list[Build]:
         tensors = dict.fromkeys(("x_ptr", "w_ptr", "y_ptr", "h_ptr", "stack_ptr"), dtype)
         tensors |= dict.fromkeys(("rho_ptr", "a0_ptr", "a1_ptr", "a2_ptr"), tl.float32)
         ranks = {"R0": r // 2, "R1": r // 4, "R2": r // 4}
-        sizes = {"rows": 8192, "width": 4096, "eps": 1e-6, **ranks, **_blocks(r, size)}
-        options = {"num_warps": sizes.pop("num_warps")}
+        blocks = _blocks(r, size)
+        options = {"num_warps": blocks.pop("num_warps")}
+        sizes = {"rows": 8192, "width": 4096, "eps": 1e-6, **ranks, **blocks}
         name = f"norm and shrink, {label}, r {r}"
         made.append(Build(name, norm_shrink_kernel, tensors | sizes, options, products=size == 2))
     for label, dtype in (("bf16", tl.bfloat16), ("fp16", tl.float16), ("fp32", tl.float32)):

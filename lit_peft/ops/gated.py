@@ -56,7 +56,8 @@ def gated_product(e: Tensor, g: Tensor, *, kernels: bool | None = None) -> Tenso
 
 
 def _launched(e: Tensor, g: Tensor) -> Tensor:
-    return _gated(_rows(e), _rows(g), None, None, 1.0, None, None, 1.0).view(e.shape)
+    product: Tensor = _gated(_rows(e), _rows(g), None, None, 1.0, None, None, 1.0)
+    return product.view(e.shape)
 
 
 class _Product(torch.autograd.Function):
@@ -120,7 +121,8 @@ def _again(
     if not launch:
         return silu_product(e, g)
     rest = iter(found)
-    return _gated(e, g, *_low(h, tuple(next(rest) if yes else None for yes in there), scales))
+    product: Tensor = _gated(e, g, *_low(h, tuple(next(rest) if yes else None for yes in there), scales))
+    return product
 
 
 class _Gated(torch.autograd.Function):
@@ -137,7 +139,7 @@ class _Gated(torch.autograd.Function):
         sizes, scales, launch, recipe = how
         bs = ready(factors[2:], x.dtype, launch)
         base, stack, h = products(x, weight, bias, shrunk, factors[:2])
-        e, g = base.split(sizes, 1)
+        e, g = torch.split(base, sizes, 1)
         if launch:
             product = _gated(e, g, *_low(h, bs, scales))
         else:

@@ -64,7 +64,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, kernels: bool | None = No
 
 
 def _launched(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _norm(x, weight, eps)[0]
+    y: Tensor = _norm(x, weight, eps)[0]
+    return y
 
 
 def norm_shrink(

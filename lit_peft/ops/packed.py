@@ -2,8 +2,8 @@
 
     y_i = x W_i^T + c_i + s_i x A_i^T B_i^T             i = 1 .. n: queries, keys and values; or gate and up
 
-The frozen W_i are row slices of one buffer W (sum of out_i, in), and A (sum of r_i, in) is the A_i below each other. For
-G the gradients of all y_i beside each other, H = A x^T (sum of r_i, rows) and P_i = s_i B_i^T G_i^T (r_i, rows):
+The frozen W_i are row slices of one buffer W (sum of out_i, in), and A (sum of r_i, in) is the A_i below each other.
+For G the gradients of all y_i beside each other, H = A x^T (sum of r_i, rows) and P_i = s_i B_i^T G_i^T (r_i, rows):
 
     dx = G W + P^T A        dA = P x        dB_i = s_i (H_i G_i)^T
 
@@ -56,7 +56,8 @@ class Parts:
 
     def factors(self) -> tuple[Tensor | None, ...]:
         """Return A_1, ..., A_n, B_1, ..., B_n."""
-        return tuple(None if pair is None else pair[i] for i in (0, 1) for pair in self.pairs)
+        firsts = tuple(None if pair is None else pair[0] for pair in self.pairs)
+        return firsts + tuple(None if pair is None else pair[1] for pair in self.pairs)
 
     def launches(self, op: str, x: Tensor, kernels: bool | None) -> bool:
         """Return whether the kernels of an op are to add these updates to what the layers make of x."""
@@ -68,9 +69,9 @@ class Parts:
 
 def reference(x: Tensor, parts: Parts) -> tuple[Tensor, ...]:
     """Return all y_i with plain operations: x (..., in), y_i (..., out_i)."""
-    biases = [None] * len(parts.sizes) if parts.bias is None else parts.bias.split(parts.sizes)
+    biases = [None] * len(parts.sizes) if parts.bias is None else torch.split(parts.bias, list(parts.sizes))
     found = []
-    for weight, bias, pair in zip(parts.weight.split(parts.sizes), biases, parts.pairs, strict=True):
+    for weight, bias, pair in zip(torch.split(parts.weight, list(parts.sizes)), biases, parts.pairs, strict=True):
         y = F.linear(x, weight, bias)
         if pair is not None:
             a, b, scale = pair
@@ -121,7 +122,7 @@ class _Packed(torch.autograd.Function):
         sizes, scales, apart, launch, recipe = how
         base, stack, h = products(x, weight, bias, shrunk, factors[: len(sizes)])
         bs = ready(factors[len(sizes) :], x.dtype, launch)
-        found = list(base.split(sizes, 1))
+        found = list(torch.split(base, sizes, 1))
         # of its own memory: what keeps a slice keeps all of the tensor
         own = len(sizes) - 1 if apart else None
         if launch:
@@ -236,7 +237,7 @@ def gradients_of(
         g = packed if g is None else g
     else:
         g = torch.cat(list(pieces), 1) if g is None else g
-        pieces = g.split(sizes, 1)
+        pieces = torch.split(g, sizes, 1)
         p = g.new_empty(found[-1][2].stop if found else 0, len(g))
         for i, b, at in found if needed[0] or any(of_a) else ():
             p[at].addmm_(b.t(), pieces[i].t(), beta=0, alpha=scales[i])

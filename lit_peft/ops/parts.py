@@ -32,7 +32,7 @@ def watched(module: nn.Module) -> bool:
 
 
 def pays(op: str, x: Tensor) -> bool:
-    """Return whether layers are to be computed as one: where it was measured to be faster, or LIT_PEFT_KERNELS=1 is set.
+    """Return whether layers are computed as one: where that was measured to be faster, or LIT_PEFT_KERNELS=1 is set.
 
     Args:
         op: its name in `crossovers.json`, which names the CPU "cpu".
@@ -94,7 +94,7 @@ def _together(tensors: Sequence[Tensor]) -> bool:
         return False
     with torch.no_grad():
         whole = torch.cat([tensor.detach() for tensor in tensors])
-        for tensor, piece in zip(tensors, whole.split([len(tensor) for tensor in tensors]), strict=True):
+        for tensor, piece in zip(tensors, torch.split(whole, [len(tensor) for tensor in tensors]), strict=True):
             tensor.data = piece
     return True
 

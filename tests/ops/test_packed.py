@@ -1,4 +1,4 @@
-"""Layers computed as one against the same layers one by one: values, gradients, and when they are left to themselves."""
+"""Layers computed as one against the same layers one by one: values, gradients, and when they are left alone."""
 
 import copy
 from collections.abc import Callable
