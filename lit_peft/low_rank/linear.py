@@ -17,7 +17,7 @@ from lit_peft.low_rank.rows import change_rows
 from lit_peft.ops.lora_linear import joins, lora_linear
 from lit_peft.ops.low_rank import low_rank_update
 from lit_peft.ops.nf4_lora import joins_nf4, nf4_lora_linear
-from lit_peft.selection import Rows
+from lit_peft.selection import Rows, acting
 from lit_peft.structure import widths
 from lit_peft.targets import find
 
@@ -111,6 +111,17 @@ class LoRALinear(AdditiveLinear):
     def change_rows(self, choice: Rows, x: Tensor, y: Tensor | None = None) -> Tensor | None:
         """Return the output, each row with s B A x of its own sets added, where that is all that the sets do."""
         return change_rows(self, choice, x, y) if type(self).change is LoRALinear.change else None
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """Return A, B and s where this very call adds s B A x to the base's output and nothing else; else None."""
+        choice, steps = acting(self.scope), ("forward", "joined", "applied", "change")
+        if isinstance(choice, Rows) or len(choice) != 1 or not isinstance(choice[0], str):
+            return None
+        config: LoRAConfig | None = self.configs.get(choice[0])
+        own = all(getattr(type(self), step) is getattr(LoRALinear, step) for step in steps)
+        if config is None or not own or (config.dropout and self.training):
+            return None
+        return *self.pair(choice[0]), config.scale
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """Return A (rank, in) and B (out, rank) as they are multiplied."""

@@ -1,6 +1,7 @@
-"""The gated MLP of Llama and its kin, RMS normalisation, and the output layer, keeping less for the backward pass.
+"""A model's own modules, keeping less for the backward pass: gated MLPs, RMS norms, the output layer; and attention.
 
     MLP:   e = x We^T,  g = x Wg^T,  h = act(e) g,  y = h Wd^T          keeps e and g, not act(e), and h is made again
+    q,k,v: three layers of one input, see `packed`                      one product where that was measured to pay
     norm:  w x / sqrt(mean(x^2) + eps), see `norm`                      keeps x and a number a row, and is made again
     head:  the loss is computed from the hidden states, see `cross_entropy`
 
@@ -13,82 +14,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import CodeType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lit_peft.ops import border
-from lit_peft.ops.norm import rms_norm
-from lit_peft.ops.recipes import eager, note, recording
+from lit_peft.ops.lean_blocks import Lean, LeanBlock, LeanMLP, LeanNorm, stand_in
+from lit_peft.ops.parts import allow, watched
+from lit_peft.ops.recipes import eager
 
-
-class _Product(torch.autograd.Function):
-    """silu(e) g, keeping e and g."""
-
-    @staticmethod
-    def forward(ctx: Any, e: Tensor, g: Tensor) -> Tensor:
-        ctx.save_for_backward(e, g)
-        return silu_product(e, g)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        e, g = ctx.saved_tensors
-        de = torch.ops.aten.silu_backward(gradient * g, e) if ctx.needs_input_grad[0] else None
-        dg = F.silu(e).mul_(gradient) if ctx.needs_input_grad[1] else None
-        return de, dg
-
-
-def silu_product(e: Tensor, g: Tensor) -> Tensor:
-    """Return silu(e) g, of e and g of one shape."""
-    return F.silu(e).mul_(g)
-
-
-class Lean(nn.Module):
-    """Stands for one of a model's own modules, with the very same children and parameters; see `make_lean`."""
-
-    def __init__(self, plain: nn.Module) -> None:
-        nn.Module.__init__(self)
-        self.training = plain.training
-        self.__dict__["plain"] = plain  # not a child: names and checkpoints stay as they are
-        # one dictionary for both, so that a child or a hook that is put in later is seen by both
-        for key, value in plain.__dict__.items():
-            if key in self.__dict__ and isinstance(value, dict | set):
-                self.__dict__[key] = value
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "plain":
-                raise
-            return getattr(self.__dict__["plain"], name)
-
-
-class LeanMLP(Lean):
-    """down(silu(gate(x)) up(x))."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the MLP's output: (..., width) -> (..., width)."""
-        e, g = self.gate_proj(x), self.up_proj(x)
-        recorded = recording() and (e.requires_grad or g.requires_grad)
-        if recorded and e.shape == g.shape and e.dtype == g.dtype and _is_silu(self.act_fn):
-            product: Tensor = _Product.apply(e, g)  # type: ignore[no-untyped-call]
-            return self.down_proj(note(product, e, g, make=silu_product))  # type: ignore[no-any-return]
-        return self.down_proj(self.act_fn(e) * g)  # type: ignore[no-any-return]
-
-
-class LeanNorm(Lean):
-    """w x / sqrt(mean(x^2) + eps)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normalised x: (..., width) -> (..., width)."""
-        if recording() and x.requires_grad and not self.weight.requires_grad:
-            return rms_norm(x, self.weight, self.variance_epsilon)
-        return _rms_norm(self, x)
+__all__ = ["Lean", "LeanHead", "LeanMLP", "LeanNorm", "head_of", "make_lean", "make_plain", "scored"]
 
 
 class LeanHead(Lean, nn.Linear):
@@ -134,7 +70,7 @@ def head_of(model: nn.Module) -> LeanHead | None:
     head = find() if callable(find) else None
     if not isinstance(head, LeanHead) or head.refused or not eager():
         return None
-    if _hooked(head) or model._forward_hooks:  # which are to see logits
+    if watched(head) or model._forward_hooks:  # which are to see logits
         return None
     parts = [part for part in (head.weight, head.bias) if part is not None]
     plain = all(type(part) is nn.Parameter and not part.requires_grad for part in parts)
@@ -173,29 +109,11 @@ def scored(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, LeanHea
     return model(**inputs).logits, None
 
 
-def _gated_mlp(self: Any, x: Tensor) -> Tensor:
-    y: Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-    return y
-
-
-def _rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
-    kept = x.dtype
-    x = x.to(torch.float32)
-    squares = x.pow(2).mean(-1, keepdim=True)
-    x = x * torch.rsqrt(squares + self.variance_epsilon)
-    return self.weight * x.to(kept)  # type: ignore[no-any-return]
-
-
-def _says(code: CodeType) -> tuple[Any, ...]:
-    """Return what a function does, without the names of its variables."""
-    return code.co_code, code.co_names, code.co_consts[1:], code.co_argcount
-
-
 def make_lean(model: nn.Module) -> int:
-    """Let a model's gated MLPs, RMS norms and output layer keep less for the backward pass; values stay what they are.
+    """Let a model's gated MLPs, RMS norms, output layer and attention be computed leanly; values stay what they are.
 
-    Only modules whose own `forward` says exactly what is written above are replaced, told by their code; those with
-    hooks, and MLPs with another activation than SiLU, are left alone. `make_plain` undoes it.
+    Only modules whose own `forward` says what is written above are replaced, told by their code; those with hooks, and
+    MLPs with another activation than SiLU, are left alone. `make_plain` undoes it.
 
     Returns:
         How many modules work in this way now.
@@ -204,7 +122,7 @@ def make_lean(model: nn.Module) -> int:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> shape = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, vocab_size=8)
         >>> make_lean(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **shape)))
-        8
+        10
     """
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
@@ -213,7 +131,9 @@ def make_lean(model: nn.Module) -> int:
         kind = _kind(module, head)
         if path and kind is not None:
             if module not in made:
-                made[module] = kind(module)
+                made[module] = stand = kind(module)
+                if isinstance(stand, LeanBlock):
+                    allow([getattr(stand, name) for name in stand.reads])
             _put(model, path, made[module])
     border.allow(model)
     return sum(isinstance(module, Lean) for module in model.modules())
@@ -223,7 +143,7 @@ def make_plain(model: nn.Module) -> None:
     """Bring back the model's own modules; the inverse of `make_lean`."""
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if path and isinstance(module, Lean):
-            own = ("plain", "opened_by", "given", "mark", "refused", "known")
+            own = ("plain", "opened_by", "given", "mark", "refused", "known", "reader")
             module.plain.__dict__.update({key: value for key, value in module.__dict__.items() if key not in own})
             _put(model, path, module.plain)
     border.undo(model)
@@ -234,23 +154,7 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _hooked(module: nn.Module) -> bool:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in module.__dict__ or any(getattr(module, hook) for hook in hooks)
-
-
-def _is_silu(act: Any) -> bool:
-    # by name: transformers has a class of its own for it
-    return type(act).__name__ in ("SiLU", "SiLUActivation") and not _hooked(act)
-
-
 def _kind(module: nn.Module, head: nn.Module | None) -> type[Lean] | None:
-    code = getattr(type(module).forward, "__code__", None)
-    if type(module) is nn.Linear and module is head and not _hooked(module):
+    if type(module) is nn.Linear and module is head and not watched(module):
         return LeanHead
-    if code is None or _hooked(module):
-        return None
-    if _says(code) == _says(_rms_norm.__code__):
-        return LeanNorm
-    silu = _is_silu(getattr(module, "act_fn", None))
-    return LeanMLP if silu and _says(code) == _says(_gated_mlp.__code__) else None
+    return stand_in(module)

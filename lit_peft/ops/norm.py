@@ -4,10 +4,14 @@
 
 with g the gradient of y, and means over the last dimension. Kept: x and rho. The mean is taken in float32; u is rounded
 to x's dtype before it is multiplied by w, as the models' own code does.
+
+Where low-rank updates read y, their first product H = A y^T = rho (A (w x)^T) can be had from the same reading of x.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,7 +58,54 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, kernels: bool | None = No
             rho = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
             y = normalised(x, weight, rho)
     out: Tensor = _Norm.apply(x, weight, rho, y, launch)  # type: ignore[no-untyped-call]
+    if launch:
+        return note(out, x, weight, make=partial(_launched, eps=eps))
     return note(out, x, weight, rho, make=normalised)
+
+
+def _launched(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y: Tensor = _norm(x, weight, eps)[0]
+    return y
+
+
+def norm_shrink(
+    x: Tensor, weight: Tensor, eps: float, factors: Sequence[Tensor], *, kernels: bool | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y as `rms_norm` does; and A, the factors below each other, and H = A y^T, without gradients.
+
+    Args:
+        x: (..., width).
+        weight: w (width,), frozen.
+        eps: added to the mean square.
+        factors: A_i (r_i, width), one to three, in any floating dtype.
+        kernels: whether to launch the kernel; None: as measured.
+
+    Returns:
+        y (..., width), A (sum of r_i, width) and H (sum of r_i, rows), in x's dtype.
+
+    Example:
+        >>> y, a, h = norm_shrink(torch.tensor([[3.0, -3.0]]), torch.ones(2), 0.0, [torch.tensor([[2.0, 0.0]])])
+        >>> y.tolist(), h.tolist()
+        ([[1.0, -1.0]], [[2.0]])
+    """
+    if not shrinks(x, weight, factors, kernels):
+        y = rms_norm(x, weight, eps, kernels=kernels)
+        a = torch.cat([factor.detach() for factor in factors]).to(x.dtype)
+        return y, a, a @ y.detach().reshape(-1, y.shape[-1]).t()
+    with torch.no_grad():
+        made, rho, h, a = _norm_shrink(x.detach(), weight, [factor.detach() for factor in factors], eps)
+    out: Tensor = _Norm.apply(x, weight, rho, made, True)  # type: ignore[no-untyped-call]
+    return note(out, x, weight, make=partial(_launched, eps=eps)), a, h
+
+
+def shrinks(x: Tensor, weight: Tensor, factors: Sequence[Tensor], kernels: bool | None = None) -> bool:
+    """Return whether `norm_shrink` launches its kernel.
+
+    Not in float16, in which w x could be too large before it is normalised.
+    """
+    ranks = sum(map(len, factors))  # more than 64 do not fit into registers
+    fits = weight.dtype == x.dtype in (torch.bfloat16, torch.float32) and 0 < ranks <= 64 and len(factors) <= 3
+    return fits and takes_kernel("norm_shrink", x, kernels, rows=x.numel() // x.shape[-1], width=x.shape[-1])
 
 
 class _Norm(torch.autograd.Function):
@@ -101,3 +152,22 @@ def _norm_backward(g: Tensor, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
 @_norm_backward.register_fake
 def _(g: Tensor, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("lit_peft::norm_shrink", mutates_args=())
+def _norm_shrink(
+    x: Tensor, weight: Tensor, factors: Sequence[Tensor], eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from lit_peft.kernels.norm import norm_shrink
+
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y, rho, h, a = norm_shrink(rows, weight, [factor.contiguous() for factor in factors], eps)
+    return y.view(x.shape), rho.view(*x.shape[:-1], 1), h, a
+
+
+@_norm_shrink.register_fake
+def _(x: Tensor, weight: Tensor, factors: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rho = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    r, width = sum(len(factor) for factor in factors), x.shape[-1]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, rho, x.new_empty(r, x.numel() // width), x.new_empty(r, width)

@@ -11,7 +11,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ class Recipe:
     make: Callable[..., Tensor]
     versions: tuple[int, ...] = ()  # of the tensor itself and of the parts
     again: Again = field(default_factory=Again)
+    by: Any = None  # who made it, for those who read it
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Leave it out of files and copies of its tensor: `torch.load` would refuse it."""
@@ -62,6 +63,12 @@ def note(x: Tensor, *parts: Tensor, make: Callable[..., Tensor]) -> Tensor:
     """Attach to x how it is made of some parts, and return x."""
     versions = tuple(tensor._version for tensor in (x, *parts))
     x._recipe = Recipe(tuple(part.detach() for part in parts), make, versions)  # type: ignore[attr-defined]
+    return x
+
+
+def signed(x: Tensor, by: Any) -> Tensor:
+    """Add to the recipe that x has who made it, and return x."""
+    x._recipe = replace(recipe_of(x), by=by)  # type: ignore[attr-defined]
     return x
 
 
