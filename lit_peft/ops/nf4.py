@@ -161,12 +161,13 @@ def decoded(
 
     The kernel writes it into memory that is used again for the next weight. bitsandbytes allocates what it returns.
     """
-    usual = _is_real(packed) and dtype in KNOWN and not torch.compiler.is_compiling()
-    if usual and takes_kernel("nf4", packed, kernels, weights=out * wide):
-        with scratch(out * wide, dtype, packed.device) as memory:
-            yield decode(packed, out, wide, double, dtype, into=memory.view(out, wide), kernels=True)
-    else:
-        yield decode(packed, out, wide, double, dtype, kernels=kernels)
+    if _is_real(packed) and not torch.compiler.is_compiling():
+        kernels = dtype in KNOWN and takes_kernel("nf4", packed, kernels, weights=out * wide)  # asked once
+        if kernels:
+            with scratch(out * wide, dtype, packed.device) as memory:
+                yield decode(packed, out, wide, double, dtype, into=memory.view(out, wide), kernels=True)
+            return
+    yield decode(packed, out, wide, double, dtype, kernels=kernels)
 
 
 _FREE: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
