@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from lit_peft.ops.choice import takes_kernel
 from lit_peft.ops.logits import (
     LIFT,
-    PIECE as PIECE,
     Shape,
     as_rows,
     chosen,

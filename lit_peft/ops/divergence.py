@@ -10,8 +10,8 @@
     loss = T^2 D        dx = T dz W
 
 The forward KL divergence with T^2 is that of Hinton et al. 2015 (arXiv:1503.02531, section 2); the generalised
-Jensen-Shannon divergence that of Agarwal et al. 2024 (GKD, arXiv:2306.13649, section 2). Rows are taken in pieces, as in
-`cross_entropy`: three matrix products a row, and 2 V numbers a row are stored for one piece.
+Jensen-Shannon divergence that of Agarwal et al. 2024 (GKD, arXiv:2306.13649, section 2). Rows are taken in pieces, as
+in `cross_entropy`: three matrix products a row, and 2 V numbers a row are stored for one piece.
 """
 
 from __future__ import annotations
