@@ -136,7 +136,8 @@ def linear_divergence(
     shapes = shape_of(1.0, softcap, temperature), shape_of(1.0, teacher_softcap, temperature)
     if autocasting(x):
         x, teacher_x = (part.to(torch.get_autocast_dtype(x.device.type)) for part in (x, teacher_x))
-    launch = launches("divergence", x, weight, kernels) and launches("divergence", teacher_x, teacher_weight, kernels)
+    sides = (x, weight), (teacher_x, teacher_weight)
+    launch = all(launches("divergence", *side, kernels, kind=KINDS.index(kind)) for side in sides)
     teacher = teacher_x.detach(), teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach()
     how = KINDS.index(kind), beta, temperature, shapes, launch
     loss: Tensor = _Divergence.apply(x, weight, bias, *teacher, *how)  # type: ignore[no-untyped-call]
