@@ -1,7 +1,7 @@
 """Losses and slopes of logits, one program a row, which it reads twice from left to right and writes once.
 
-    z = f v,  or h tanh(f v)        lse = log sum exp z        l = z[t] - lse        H = - sum p log p,   p = exp(z - lse)
-    dv = (g (onehot(t) - p)  -  h' p (log p + H)) dz/dv        g, h': the gradients of l and H; v's own memory takes dv
+z = f v,  or h tanh(f v)        lse = log sum exp z        l = z[t] - lse        H = - sum p log p,   p = exp(z - lse)
+dv = (g (onehot(t) - p)  -  h' p (log p + H)) dz/dv        g, h': the gradients of l and H; v's own memory takes dv
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ def log_probabilities_kernel(
     """z[t] - lse, lse, 1 - p[t] and, with ENTROPY, H of each row of v (rows, width)."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
-    picked, top, others, moment = scanned(
-        v_ptr + row * stride, target, width, factor, height, CAPPED, ENTROPY, BLOCK
-    )
+    picked, top, others, moment = scanned(v_ptr + row * stride, target, width, factor, height, CAPPED, ENTROPY, BLOCK)
     total = others + tl.exp(picked - top)
     lse = top + tl.log(total)
     tl.store(logs_ptr + row, picked - lse)
@@ -181,10 +179,10 @@ def log_probabilities_backward(
 ) -> None:
     """Put dv in the place of v (rows, width); all others are (rows,)."""
     g = g.contiguous()
-    both = h is not None and entropies is not None
+    h = None if h is None or entropies is None else h.contiguous()
     log_probabilities_backward_kernel[(len(v),)](
-        v, targets.contiguous(), lse, miss, entropies if both else lse, g, h.contiguous() if both else g,
-        v.stride(0), v.shape[1], factor, height, CAPPED=bool(height), ENTROPY=both, **sizes(v.shape[1]),
+        v, targets.contiguous(), lse, miss, lse if h is None else entropies, g, g if h is None else h,
+        v.stride(0), v.shape[1], factor, height, CAPPED=bool(height), ENTROPY=h is not None, **sizes(v.shape[1]),
     )  # fmt: skip
 
 
@@ -210,7 +208,12 @@ def _builds() -> list[Build]:
             name = f"log-probabilities backward, entropies, {label}"
             made.append(Build(name, log_probabilities_backward_kernel, both, options))
         made.append(
-            Build(f"log-probabilities backward, {label}", log_probabilities_backward_kernel, back | {"ENTROPY": False}, options)
+            Build(
+                f"log-probabilities backward, {label}",
+                log_probabilities_backward_kernel,
+                back | {"ENTROPY": False},
+                options,
+            )
         )
     return made
 

@@ -31,7 +31,7 @@ def divergence_kernel(
     teacher_height, KIND: tl.constexpr, CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, SLOPES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """D of each row; with SLOPES its gradient times `gain` in the place of v. KIND: 0 forward KL, 1 reverse KL, 2 JSD."""
+    """D of each row, with SLOPES its gradient times `gain` in the place of v; KIND: 0 forward KL, 1 reverse, 2 JSD."""
     row = tl.program_id(0).to(tl.int64)
     v_row, w_row = v_ptr + row * stride, w_ptr + row * teacher_stride
     picked, top, others, _ = scanned(v_row, 0, width, factor, height, CAPPED, False, BLOCK)

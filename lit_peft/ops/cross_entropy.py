@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from lit_peft.ops.choice import takes_kernel
 from lit_peft.ops.logits import (
     LIFT,
-    PIECE as PIECE,
     Shape,
     as_rows,
     chosen,
@@ -96,10 +95,10 @@ def linear_cross_entropy(
     return loss
 
 
-def launches(op: str, x: Tensor, weight: Tensor, kernels: bool | None) -> bool:
+def launches(op: str, x: Tensor, weight: Tensor, kernels: bool | None, **sizes: int) -> bool:
     """Return whether an op on logits is to launch its kernel, which works in float32."""
     exact = torch.promote_types(x.dtype, torch.float32) == torch.float32
-    return exact and takes_kernel(op, x, kernels, rows=len(x), vocabulary=len(weight))
+    return exact and takes_kernel(op, x, kernels, rows=len(x), vocabulary=len(weight), width=x.shape[1], **sizes)
 
 
 @torch.no_grad()

@@ -10,8 +10,8 @@
     loss = T^2 D        dx = T dz W
 
 The forward KL divergence with T^2 is that of Hinton et al. 2015 (arXiv:1503.02531, section 2); the generalised
-Jensen-Shannon divergence that of Agarwal et al. 2024 (GKD, arXiv:2306.13649, section 2). Rows are taken in pieces, as in
-`cross_entropy`: three matrix products a row, and 2 V numbers a row are stored for one piece.
+Jensen-Shannon divergence that of Agarwal et al. 2024 (GKD, arXiv:2306.13649, section 2). Rows are taken in pieces, as
+in `cross_entropy`: three matrix products a row, and 2 V numbers a row are stored for one piece.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def linear_divergence(
     shapes = shape_of(1.0, softcap, temperature), shape_of(1.0, teacher_softcap, temperature)
     if autocasting(x):
         x, teacher_x = (part.to(torch.get_autocast_dtype(x.device.type)) for part in (x, teacher_x))
-    launch = launches("divergence", x, weight, kernels) and launches("divergence", teacher_x, teacher_weight, kernels)
+    sides = (x, weight), (teacher_x, teacher_weight)
+    launch = all(launches("divergence", *side, kernels, kind=KINDS.index(kind)) for side in sides)
     teacher = teacher_x.detach(), teacher_weight.detach(), None if teacher_bias is None else teacher_bias.detach()
     how = KINDS.index(kind), beta, temperature, shapes, launch
     loss: Tensor = _Divergence.apply(x, weight, bias, *teacher, *how)  # type: ignore[no-untyped-call]

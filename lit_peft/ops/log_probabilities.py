@@ -12,6 +12,7 @@ three matrix products a row, and V numbers a row are stored for one piece.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -154,10 +155,9 @@ def _scores(v: Tensor, aims: Tensor, shape: Shape, entropy: bool) -> tuple[Tenso
     return tuple(part[:, 0] for part in (picked - lse, lse, others / total, rest - mean / total))
 
 
-def _put_slopes(
-    v: Tensor, aims: Tensor, lse: Tensor, miss: Tensor, entropies: Tensor, g: Tensor, h: Tensor | None, shape: Shape
-) -> None:
-    """Put the slopes of a strip in the place of v; all others are (rows, 1)."""
+def _put_slopes(v: Tensor, aims: Tensor, numbers: Sequence[Any], shape: Shape) -> None:
+    """Put the slopes of a strip in the place of v; the numbers lse, 1 - p[t], H, g and h are (rows, 1)."""
+    lse, miss, entropies, g, h = numbers
     z, damping = widened(v, shape)
     z.sub_(lse).clamp_(min=LEAST)
     if shape.slope != 1:
@@ -232,13 +232,13 @@ class _LogProbabilities(torch.autograd.Function):
             buffer = as_rows(weight, bias, x)
             for part in parts(x, weight, rows):
                 v, aims = buffer.logits(chosen(x, rows, part)), chosen(targets, rows, part)
-                numbers = [None if whole is None else whole[part] for whole in (lse, miss, entropies, g, h)]
+                numbers: Any = [None if whole is None else whole[part] for whole in (lse, miss, entropies, g, h)]
                 if launch:
-                    _log_probabilities_backward(v, aims, *numbers, shape.factor, shape.height)  # type: ignore[arg-type]
+                    _log_probabilities_backward(v, aims, *numbers, shape.factor, shape.height)
                 else:
                     for strip in strips(v):
                         some = [None if whole is None else whole[strip, None] for whole in numbers]
-                        _put_slopes(v[strip], aims[strip, None], *some, shape)  # type: ignore[arg-type]
+                        _put_slopes(v[strip], aims[strip, None], some, shape)
                 put_product(dx, v, buffer.weight, rows, part)
         if unit is not None and rows is None:
             dx = (dx * unit[:, None]).to(x.dtype)
@@ -257,9 +257,7 @@ def _log_probabilities(
 
 
 @_log_probabilities.register_fake
-def _(
-    v: Tensor, targets: Tensor, factor: float, height: float, entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(v: Tensor, targets: Tensor, factor: float, height: float, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     one, two, three, four = (torch.empty(len(v), device=v.device) for _ in range(4))
     return one, two, three, four
 

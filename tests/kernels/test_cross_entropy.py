@@ -12,7 +12,7 @@ from lit_peft.ops.cross_entropy import linear_cross_entropy
 from lit_peft.ops.log_probabilities import linear_log_probabilities
 from tests.kernels.where import DEVICE
 from tests.ops.exact import agree, drawn
-from tests.ops.head_checks import aimed, check_cross_entropy, check_log_probabilities, layer
+from tests.ops.head_checks import aimed, check_cross_entropy, check_divergence, check_log_probabilities, layer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -55,6 +55,17 @@ def test_log_probabilities(rows: int, entries: int, entropy: bool, dtype: torch.
     check_log_probabilities(x, weight, aimed(rows, entries, True, DEVICE), bias, True, entropy)
     targets = aimed(rows, entries, False, DEVICE)
     check_log_probabilities(x, weight, targets, None, True, entropy, temperature=0.7, softcap=3.0)
+
+
+def test_rows_that_begin_at_multiples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, for both paths."""
+    monkeypatch.setitem(logits.ALIGNED, "cpu", 64)
+    x, weight, bias = made(5, 37, torch.bfloat16)
+    targets = aimed(5, 37, True, DEVICE)
+    for kernels in (True, False):
+        check_cross_entropy(x, weight, targets, bias, kernels)
+        check_log_probabilities(x, weight, targets, bias, kernels, True)
+        check_divergence(x, weight, (x.detach().flip(0), weight), kernels, kind="jsd")
 
 
 def test_a_vocabulary_wider_than_a_block() -> None:

@@ -12,6 +12,7 @@ from lit_peft.ops import logits
 from lit_peft.ops.cross_entropy import linear_cross_entropy
 from lit_peft.ops.divergence import linear_divergence
 from lit_peft.ops.log_probabilities import linear_log_probabilities
+from tests.ops.exact import agree
 from tests.ops.test_memory import Live
 
 TOKENS, WIDTH, ENTRIES, TEACHER = 8192, 4096, 128256, 8192
@@ -40,7 +41,7 @@ def loss(op: str, x: Tensor, weight: Tensor, targets: Tensor, teacher: list[Tens
 @pytest.mark.parametrize("op", ["cross entropy", "log-probabilities", "forward_kl", "jsd"])
 def test_half_a_gigabyte_beside_the_inputs(op: str, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a GPU's sizes of pieces; all logits would be 2.1 GB, and F.cross_entropy holds 4.2 GB of float32 beside."""
-    for sizes in (logits.PIECE, logits.STRIP):
+    for sizes in (logits.PIECE, logits.STRIP, logits.ALIGNED):
         monkeypatch.setitem(sizes, "cpu", sizes["cuda"])
     if kernels:
         pytest.importorskip("triton")
@@ -89,3 +90,31 @@ def test_pieces_are_within_their_bytes(rows: int, entries: int) -> None:
     found = list(logits.parts(x, weight))
     assert [row for part in found for row in range(part.start, part.stop)] == list(range(rows))
     assert max(part.stop - part.start for part in found) * entries * 2 <= logits.PIECE["cpu"]
+
+
+@pytest.mark.parametrize("op", ["cross entropy", "log-probabilities", "jsd"])
+def test_compiled(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one graph, with the pieces in it: not with all logits."""
+    monkeypatch.setitem(logits.PIECE, "cpu", 2 * 50 * 4)
+    x, weight, targets = torch.randn(5, 8, requires_grad=True), torch.randn(50, 8), torch.arange(5)
+    teacher = [torch.randn(5, 4), torch.randn(50, 4)]
+    plain = loss(op, x, weight, targets, teacher, None)
+    compiled: Any = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    found = compiled(op, x, weight, targets, teacher, None)
+    agree(found, plain, 1e-6)
+    agree(torch.autograd.grad(found, x)[0], torch.autograd.grad(plain, x)[0], 1e-6)
+
+
+@pytest.mark.parametrize("op", ["cross entropy", "log-probabilities", "jsd"])
+def test_under_autocast(op: str) -> None:
+    """Products in bfloat16, all else in float32, and gradients in the dtype of x."""
+    x, weight, targets = torch.randn(5, 8, requires_grad=True), torch.randn(50, 8), torch.arange(5)
+    teacher = [torch.randn(5, 4), torch.randn(50, 4)]
+    plain = loss(op, x, weight, targets, teacher, False)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss(op, x, weight, targets, teacher, False)
+    assert found.dtype == torch.float32
+    agree(found, plain, 2e-2)
+    (mine,) = torch.autograd.grad(found, x)
+    assert mine.dtype == torch.float32
+    agree(mine, torch.autograd.grad(plain, x)[0], 2e-2)
