@@ -8,6 +8,7 @@ is worked out, `lit_peft.ops.dora` the gradients.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,10 +18,10 @@ from torch.nn import functional as F
 from lit_peft.adapter import Adapter, innermost
 from lit_peft.blocks import Entry, names_in
 from lit_peft.low_rank.linear import LoRALinear
-from lit_peft.ops.dora import dora_linear, dora_update
+from lit_peft.ops.dora import dora_linear, dora_update, products, stacks
 from lit_peft.ops.lora_linear import joins
 from lit_peft.ops.recipes import eager
-from lit_peft.ops.row_norms import Norms, exact, row_norms
+from lit_peft.ops.row_norms import Norms, across, exact, row_norms
 from lit_peft.selection import Rows, acting
 from lit_peft.structure import is_linear
 from lit_peft.weights import dense, fold
@@ -84,19 +85,26 @@ class DoRALinear(LoRALinear):
 
     def norm(self, name: str) -> Tensor:
         """Return the row norms n (out,) of W + s B A, detached; worked out when A, B or W have changed since."""
-        base = innermost(self.base)
-        a, b, scale = self.lora_a[name], self.lora_b[name], self.configs[name].scale
+        found = self._known(name)
+        return self._worked_out(name) if found is None else found
+
+    def _known(self, name: str) -> Tensor | None:
         if torch.compiler.is_compiling():  # a graph cannot look at storages
-            with torch.no_grad():
-                return row_norms(dense(base), self._square(base), a, b, scale)
-        held = [part for key, part in base._parameters.items() if part is not None and key != "bias"]
+            return None
+        held = [part for key, part in innermost(self.base)._parameters.items() if part is not None and key != "bias"]
         if not self.norms.check(held):
             self.dora_square = None
-        found = self.norms.get(name, a, b, scale)
-        if found is None:
-            # not as tensors of inference mode, which a later training step could not keep
-            with torch.inference_mode(False), torch.no_grad():
-                found = row_norms(dense(base), self._square(base), a, b, scale)
+        return self.norms.get(name, self.lora_a[name], self.lora_b[name], self.configs[name].scale)
+
+    def _worked_out(self, name: str, product: Tensor | None = None) -> Tensor:
+        """Return n, and keep it; A W^T (r, out) may be there already."""
+        base, compiling = innermost(self.base), torch.compiler.is_compiling()
+        a, b, scale = self.lora_a[name], self.lora_b[name], self.configs[name].scale
+        # not as tensors of inference mode, which a later training step could not keep
+        with nullcontext() if compiling else torch.inference_mode(False), torch.no_grad():
+            product = across(dense(base), a) if product is None else product
+            found = row_norms(self._square(base), product, a, b, scale)
+        if not compiling:
             self.norms.put(name, a, b, scale, found)
         return found
 
@@ -157,7 +165,13 @@ class DoRALinear(LoRALinear):
         if not joins(self.base, x) or (config.dropout and self.training) or type(self).change is not DoRALinear.change:
             return None
         a, b, m = self.lora_a[name], self.lora_b[name], self.lora_magnitude[name]
-        return dora_linear(x, self.base, a, b, m, self.norm(name), config.scale)
+        n, product = self._known(name), None
+        if n is None and stacks(x, self.base):
+            product, side = products(x, self.base.weight, a)
+            n = self._worked_out(name, side)
+        return dora_linear(
+            x, self.base, a, b, m, self._worked_out(name) if n is None else n, config.scale, product=product
+        )
 
     def delta(self, name: str) -> Tensor:
         """Return (m / n) (W + s B A) - W, (out, in), in float32 or better."""

@@ -47,6 +47,7 @@ def dora_linear(
     n: Tensor,
     scale: float,
     *,
+    product: Tensor | None = None,
     kernels: bool | None = None,
 ) -> Tensor:
     """Return c + (m / n) (W x + s B A x), with c the layer's bias.
@@ -59,6 +60,7 @@ def dora_linear(
         m: the lengths (out,).
         n: the norms (out,), in float32 or better; gets no gradient.
         scale: s.
+        product: W x (rows, out) where it is there already, from `products`; it is overwritten.
         kernels: whether to launch the kernels; None: as measured.
 
     Returns:
@@ -76,8 +78,28 @@ def dora_linear(
     sizes = {"rows": x.numel() // max(1, x.shape[-1]), "inputs": x.shape[-1], "outputs": len(b)}
     launch = takes_kernel("dora", x, kernels, **sizes) and 0 < len(a) <= MOST
     layer, factors = (base.weight, base.bias), (a.to(x.dtype), b.to(x.dtype), exact(m))
-    out: Tensor = _Joined.apply(x, *layer, *factors, n, scale, recipe_of(x), launch)  # type: ignore[no-untyped-call]
+    settings = (n, scale, recipe_of(x), launch, product)
+    out: Tensor = _Joined.apply(x, *layer, *factors, *settings)  # type: ignore[no-untyped-call]
     return out
+
+
+def stacks(x: Tensor, base: nn.Linear) -> bool:
+    """Return whether `products` pays: on a CPU, where x is smaller than W. (The result has no bias.)"""
+    return base.bias is None and x.device.type == "cpu" and x.numel() <= base.weight.numel()
+
+
+@torch.no_grad()
+def products(x: Tensor, weight: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x W^T (rows, out) and A W^T (r, out), as one product: W, the largest of the three, is read once.
+
+    Args:
+        x: (..., in).
+        weight: W (out, in), in x's dtype.
+        a: A (r, in), which the norms need multiplied.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    both = torch.cat([rows, a.to(x.dtype)]) @ weight.t()
+    return both[: len(rows)], both[len(rows) :]
 
 
 def dora_update(
@@ -125,11 +147,15 @@ class _Joined(torch.autograd.Function):
         scale: float,
         recipe: Recipe,
         launch: bool,
+        product: Tensor | None,
     ) -> Tensor:
         needed = ctx.needs_input_grad
         rows = x.reshape(-1, x.shape[-1])
         h = a @ rows.t()  # (r, rows): see `low_rank`
-        out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        if product is None:
+            out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+        else:
+            out = product
         c = nonzero(m / n)
         if launch:
             torch.ops.lit_peft.turn(out, h, b, c, bias, scale)
@@ -173,7 +199,7 @@ class _Joined(torch.autograd.Function):
             dx = dx.addmm_(inner.t(), a).view(shape)
         if needed[3]:
             da = inner @ make(*parts).reshape(-1, shape[-1])
-        return dx, None, None, da, db, dm, None, None, None, None
+        return dx, None, None, da, db, dm, *[None] * 5
 
 
 class _Update(torch.autograd.Function):

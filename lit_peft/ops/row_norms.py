@@ -21,12 +21,18 @@ def exact(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def row_norms(weight: Tensor, square: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def across(weight: Tensor, a: Tensor) -> Tensor:
+    """Return A W^T (r, out), in W's dtype: see `low_rank` on why it lies this way."""
+    with as_written(weight):
+        return a.to(weight.dtype) @ weight.t()
+
+
+def row_norms(square: Tensor, product: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return n (out,), the norms of the rows of W + s B A, in float32 or better.
 
     Args:
-        weight: W (out, in).
         square: |W_i|^2 (out,), in float32 or better.
+        product: A W^T (r, out).
         a: A (r, in).
         b: B (out, r).
         scale: s.
@@ -34,16 +40,15 @@ def row_norms(weight: Tensor, square: Tensor, a: Tensor, b: Tensor, scale: float
     Example:
         >>> import torch
         >>> weight, a, b = torch.randn(3, 5), torch.randn(2, 5), torch.randn(3, 2)
-        >>> n = row_norms(weight, weight.square().sum(1), a, b, 0.5)
+        >>> n = row_norms(weight.square().sum(1), across(weight, a), a, b, 0.5)
         >>> bool(torch.allclose(n, (weight + 0.5 * b @ a).norm(dim=1), rtol=1e-4))
         True
     """
-    with as_written(weight):
-        across = exact(a.to(weight.dtype) @ weight.t())  # A W^T, (r, out): see `low_rank` on narrow products
-        dtype = torch.promote_types(across.dtype, exact(b).dtype)
-        across, a, b = across.to(dtype), a.to(dtype), b.to(dtype).t()
-        found = torch.addmm(across, a @ a.t(), b, beta=2, alpha=scale).mul_(b).sum(0)
-        return found.mul_(scale).add_(square).clamp_min_(torch.finfo(found.dtype).tiny).sqrt_()
+    dtype = torch.promote_types(exact(product).dtype, exact(b).dtype)
+    product, a, b = product.to(dtype), a.to(dtype), b.to(dtype).t()
+    with as_written(b):
+        found = torch.addmm(product, a @ a.t(), b, beta=2, alpha=scale).mul_(b).sum(0)
+    return found.mul_(scale).add_(square).clamp_min_(torch.finfo(found.dtype).tiny).sqrt_()
 
 
 class Norms:

@@ -15,7 +15,7 @@ from lit_peft.adapter import merge, named_adapters
 from lit_peft.low_rank.dora import DoRALinear
 from lit_peft.ops.dora import dora_linear, dora_update, reference
 from lit_peft.ops.lean import make_lean
-from lit_peft.ops.row_norms import row_norms
+from lit_peft.ops.row_norms import across, row_norms
 from tests.ops.exact import TOLERANCE, agree, drawn, gradients, llama
 from tests.ops.test_scaled import layer
 
@@ -129,7 +129,7 @@ def test_a_change_in_place_is_noticed() -> None:
 
 def test_norms_in_float64() -> None:
     weight, a, b = (drawn(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate([(6, 9), (3, 9), (6, 3)]))
-    agree(row_norms(weight, weight.square().sum(1), a, b, 0.7), (weight + 0.7 * b @ a).norm(dim=1), 1e-12)
+    agree(row_norms(weight.square().sum(1), across(weight, a), a, b, 0.7), (weight + 0.7 * b @ a).norm(dim=1), 1e-12)
 
 
 # Never out of date ----------------------------------------------------------------------------------------------------
