@@ -328,18 +328,24 @@ def _edges(inputs: int, outputs: int, width: int) -> tuple[int, list[tuple[slice
 
 def _add_chunks(out: Tensor, x: Tensor, found: Tensor) -> None:
     """Add M R_c x_c to each chunk of out (rows, out), over and over if it is longer: of x (rows, in)."""
-    width, most = found.shape[1], len(found) * found.shape[1]
-    if out.shape[1] > most:
-        h = out.new_zeros(len(out), most)
-        _add_chunks(h, x, found)
-        for start in range(0, out.shape[1], most):
-            piece = out[:, start : start + most]
-            piece.add_(h[:, : piece.shape[1]])
-        return
+    number, width = found.shape[:2]
+    most = number * width
     whole, pieces = _edges(x.shape[1], out.shape[1], width)
-    _whole(out, whole, width).baddbmm_(_whole(x, whole, width), found[:whole].transpose(1, 2))
-    for source, columns, rows, aim in pieces:
-        out[:, aim].addmm_(x[:, source], found[whole, rows, columns].t())
+    if out.shape[1] <= most:
+        _whole(out, whole, width).baddbmm_(_whole(x, whole, width), found[:whole].transpose(1, 2))
+        for source, columns, rows, aim in pieces:
+            out[:, aim].addmm_(x[:, source], found[whole, rows, columns].t())
+        return
+    h = out.new_empty(number, len(out), width)
+    torch.bmm(_whole(x, whole, width), found[:whole].transpose(1, 2), out=h[:whole])
+    for beta, (source, columns, _, _) in enumerate(pieces):
+        h[whole].addmm_(x[:, source], found[whole, :, columns].t(), beta=beta)
+    for start in range(0, out.shape[1], most):
+        piece = out[:, start : start + most]
+        chunks, rest = divmod(piece.shape[1], width)
+        _whole(piece, chunks, width).add_(h[:chunks])
+        if rest:
+            piece[:, chunks * width :] += h[chunks, :, :rest]
 
 
 def _add_chunks_back(dx: Tensor, g: Tensor, found: Tensor) -> None:
@@ -354,13 +360,13 @@ def _add_chunks_back(dx: Tensor, g: Tensor, found: Tensor) -> None:
 def _chunk_products(g: Tensor, x: Tensor, width: int) -> Tensor:
     """Return N_c = g_c^T x_c of each chunk, (number, r̂, r̂)."""
     whole, pieces = _edges(x.shape[1], g.shape[1], width)
-    products = torch.bmm(_whole(g, whole, width).transpose(1, 2), _whole(x, whole, width))
-    if not pieces:
-        return products
-    last = g.new_zeros(1, width, width)
+    products = g.new_empty(whole + bool(pieces), width, width)
+    torch.bmm(_whole(g, whole, width).transpose(1, 2), _whole(x, whole, width), out=products[:whole])
+    if pieces:
+        products[whole] = 0
     for source, columns, rows, aim in pieces:
-        last[0, rows, columns] = g[:, aim].t() @ x[:, source]
-    return torch.cat([products, last])
+        products[whole, rows, columns] = g[:, aim].t() @ x[:, source]
+    return products
 
 
 def _folded(g: Tensor, most: int) -> Tensor:
