@@ -171,9 +171,8 @@ class CompacterAdapter(Adapter):
         x = F.dropout(h, config.dropout, self.training) if config.dropout else h
         down = self.compacter_down_s[name], self.compacter_down_t[name], self.compacter_down_bias[name]
         up = self.compacter_up_s[name], self.compacter_up_t[name], self.compacter_up_bias[name]
-        inner = len(down[2])
-        sizes = {"rows": x.numel() // x.shape[-1], "width": x.shape[-1], "inner": inner}
-        if inner <= WIDEST and takes_kernel("compacter", x, **sizes):
+        inner, rows = len(down[2]), x.numel() // x.shape[-1]
+        if inner <= WIDEST and takes_kernel("compacter", x, rows=rows, width=x.shape[-1], inner=inner):
             matrices = matrix(rule, *down[:2]), down[2], matrix(rule, *up[:2]), up[2]
             return bottleneck(onto, x, *matrices, config.activation, kernels=True)
         out = kronecker(ACT2FN[config.activation](kronecker(x, rule, *down)), rule, *up)

@@ -121,9 +121,9 @@ def _apply(
     dtype = x.dtype if y is None else y.dtype
     launch = eager() and kind == 6 and not dropout and x.dtype == dtype
     if launch:
-        outputs = len(weight) if y is None and weight is not None else y.shape[-1]
-        sizes = {"rows": x.numel() // x.shape[-1], "width": x.shape[-1], "outputs": outputs}
-        launch = takes_kernel("mora", x, kernels, **sizes)
+        rows, outputs = x.numel() // x.shape[-1], 0 if y is None else y.shape[-1]
+        outputs = outputs if weight is None else len(weight)
+        launch = takes_kernel("mora", x, kernels, rows=rows, width=x.shape[-1], outputs=outputs)
     if y is not None and (not eager() or not (torch.is_grad_enabled() or dropout or launch)):
         return reference(y, F.dropout(x, dropout) if dropout else x, m, kind, turn)
     settings = (dropout, drawn(dropout), recipe_of(x), launch)
@@ -258,7 +258,7 @@ def _add_widened(out: Tensor, h: Tensor, interleaved: bool, wraps: bool = False)
 
 def _split(x: Tensor, first: int, second: int) -> Tensor:
     """View (rows, first second) as (rows, first, second); sizes are spelled out because there may be no row."""
-    return x.unflatten(1, (first, second))
+    return x.view(len(x), first, second)
 
 
 # Type 6 --------------------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def _chunks(x: Tensor, width: int, number: int) -> Tensor:
     """Return the first chunks of x, (..., number, r̂), the last one filled up with the head of x."""
     missing = number * width - x.shape[-1]
     x = x[..., : number * width] if missing <= 0 else torch.cat([x, x[..., :missing]], dim=-1)
-    return x.unflatten(-1, (number, width))
+    return x.reshape(*x.shape[:-1], number, width)
 
 
 def _turned(chunks: Tensor, turn: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def unturned(products: Tensor, turn: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _whole(x: Tensor, number: int, width: int) -> Tensor:
     """View the first chunks of (rows, n) as (number, rows, r̂)."""
-    return x[:, : number * width].unflatten(1, (number, width)).transpose(0, 1)
+    return x[:, : number * width].view(len(x), number, width).transpose(0, 1)
 
 
 def _edges(inputs: int, outputs: int, width: int) -> tuple[int, list[tuple[slice, slice, slice, slice]]]:
