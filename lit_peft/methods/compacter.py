@@ -3,7 +3,8 @@
     W = sum_i A_i (x) (s_i t_i),    i = 1..n,    A_i (n, n),  s_i (in / n, 1),  t_i (1, out / n)
 
 A bottleneck's two projections are such sums. The rule A (n, n, n) is one tensor for all layers; a projection owns in +
-out numbers and a bias. W is never formed: (A (x) B) x is two small products.
+out numbers and a bias. W is not formed: (A (x) B) x is two small products, faster on CPUs at all sizes tried; only the
+bottleneck's kernel, where it is asked for, is handed W.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from lit_peft.adapter import Adapter, innermost
 from lit_peft.methods.bottleneck import first, with_first
 from lit_peft.methods.norms import NormConfig, norm_class
 from lit_peft.mixin import PEFT
+from lit_peft.ops.bottleneck import WIDEST, bottleneck
+from lit_peft.ops.choice import takes_kernel
 from lit_peft.placing import join
 from lit_peft.selection import telling, told
 from lit_peft.sites import geometry
@@ -159,17 +162,21 @@ class CompacterAdapter(Adapter):
         self.compacter_down_bias[name] = nn.Parameter(torch.zeros(m, device=device))
         self.compacter_up_bias[name] = nn.Parameter(torch.zeros(d, device=device))
 
-    def branch(self, name: str, h: Tensor) -> Tensor:
-        """Return U act(D h), (..., d) -> (..., d), of one named set."""
+    def branch(self, name: str, h: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Return U act(D h), (..., d) -> (..., d), of one named set, added onto a tensor where one is given."""
         config: CompacterConfig = self.configs[name]
         rule = (told(RULE) or {}).get(name)
         if rule is None:
             raise TypeError("A Compacter adapter was called outside of its model, which holds the rule that it shares.")
         x = F.dropout(h, config.dropout, self.training) if config.dropout else h
-        parts = self.compacter_down_s, self.compacter_down_t, self.compacter_down_bias
-        inner = ACT2FN[config.activation](kronecker(x, rule, *(part[name] for part in parts)))
-        parts = self.compacter_up_s, self.compacter_up_t, self.compacter_up_bias
-        return kronecker(inner, rule, *(part[name] for part in parts))
+        down = self.compacter_down_s[name], self.compacter_down_t[name], self.compacter_down_bias[name]
+        up = self.compacter_up_s[name], self.compacter_up_t[name], self.compacter_up_bias[name]
+        inner, rows = len(down[2]), x.numel() // x.shape[-1]
+        if inner <= WIDEST and takes_kernel("compacter", x, rows=rows, width=x.shape[-1], inner=inner):
+            matrices = matrix(rule, *down[:2]), down[2], matrix(rule, *up[:2]), up[2]
+            return bottleneck(onto, x, *matrices, config.activation, kernels=True)
+        out = kronecker(ACT2FN[config.activation](kronecker(x, rule, *down)), rule, *up)
+        return out if onto is None else onto + out
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base and add the bottleneck of its (first) output to it."""
@@ -178,7 +185,7 @@ class CompacterAdapter(Adapter):
         total = y
         for name, rows in self.shares(y):
             if rows is None:
-                total = total + self.branch(name, y)
+                total = self.branch(name, y, onto=total)
             else:
                 total = total.index_add(0, rows, self.branch(name, y[rows]).to(y.dtype))
         return with_first(out, total)
@@ -205,6 +212,24 @@ def kronecker(x: Tensor, rule: Tensor, s: Tensor, t: Tensor, bias: Tensor) -> Te
     inner = F.linear(blocks, s.to(dtype))  # (..., b, i): each block against each s_i
     inner = torch.einsum("...bi,iba->...ai", inner, rule.to(dtype))
     return (inner @ t.to(dtype)).flatten(-2) + bias.to(dtype)
+
+
+def matrix(rule: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """Return W^T (out, in) for W = sum_i A_i (x) (s_i t_i), for the kernel, which takes matrices.
+
+    Args:
+        rule: A (n, n, n).
+        s: (n, in / n).
+        t: (n, out / n).
+
+    Example:
+        >>> import torch
+        >>> matrix(torch.ones(2, 2, 2), torch.ones(2, 2), torch.ones(2, 3)).shape
+        torch.Size([6, 4])
+    """
+    n = len(rule)
+    left = torch.einsum("iba,iq->aqbi", rule, t.to(rule.dtype)).reshape(-1, n)
+    return (left @ s.to(rule.dtype)).view(n * t.shape[1], n * s.shape[1])
 
 
 class Compacter(PEFT):

@@ -234,7 +234,7 @@ class _Bottleneck(torch.autograd.Function):
         if needed[4] or needed[5]:
             both = (inner @ g).mul_(scale)
             du, dub = both[:m].t(), both[m]
-        dx = dx.view(shape).to(dtype) if needed[1] else None
+        dx = None if dx is None or not needed[1] else dx.view(shape).to(dtype)
         dy = gradient.to(other) if needed[0] else None
         return dy, dx, dd, ddb, du, dub, dgate if needed[6] else None, *[None] * 7
 
@@ -288,8 +288,8 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from lit_peft.kernels.bottleneck import bottleneck_backward
 
-    others = (None if part is None else part.contiguous() for part in (down, up, up_bias, gate))
-    return bottleneck_backward(g.contiguous(), z, *others, act, scale, same)
+    down, up_bias, gate = (None if part is None else part.contiguous() for part in (down, up_bias, gate))
+    return bottleneck_backward(g.contiguous(), z, down, up.contiguous(), up_bias, gate, act, scale, same)
 
 
 @_launch_backward.register_fake

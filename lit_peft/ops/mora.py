@@ -121,9 +121,9 @@ def _apply(
     dtype = x.dtype if y is None else y.dtype
     launch = eager() and kind == 6 and not dropout and x.dtype == dtype
     if launch:
-        outputs = len(weight) if y is None and weight is not None else y.shape[-1]
-        sizes = {"rows": x.numel() // x.shape[-1], "width": x.shape[-1], "outputs": outputs}
-        launch = takes_kernel("mora", x, kernels, **sizes)
+        rows, outputs = x.numel() // x.shape[-1], 0 if y is None else y.shape[-1]
+        outputs = outputs if weight is None else len(weight)
+        launch = takes_kernel("mora", x, kernels, rows=rows, width=x.shape[-1], outputs=outputs)
     if y is not None and (not eager() or not (torch.is_grad_enabled() or dropout or launch)):
         return reference(y, F.dropout(x, dropout) if dropout else x, m, kind, turn)
     settings = (dropout, drawn(dropout), recipe_of(x), launch)
@@ -258,7 +258,7 @@ def _add_widened(out: Tensor, h: Tensor, interleaved: bool, wraps: bool = False)
 
 def _split(x: Tensor, first: int, second: int) -> Tensor:
     """View (rows, first second) as (rows, first, second); sizes are spelled out because there may be no row."""
-    return x.unflatten(1, (first, second))
+    return x.view(len(x), first, second)
 
 
 # Type 6 --------------------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def _chunks(x: Tensor, width: int, number: int) -> Tensor:
     """Return the first chunks of x, (..., number, r̂), the last one filled up with the head of x."""
     missing = number * width - x.shape[-1]
     x = x[..., : number * width] if missing <= 0 else torch.cat([x, x[..., :missing]], dim=-1)
-    return x.unflatten(-1, (number, width))
+    return x.reshape(*x.shape[:-1], number, width)
 
 
 def _turned(chunks: Tensor, turn: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def unturned(products: Tensor, turn: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _whole(x: Tensor, number: int, width: int) -> Tensor:
     """View the first chunks of (rows, n) as (number, rows, r̂)."""
-    return x[:, : number * width].unflatten(1, (number, width)).transpose(0, 1)
+    return x[:, : number * width].view(len(x), number, width).transpose(0, 1)
 
 
 def _edges(inputs: int, outputs: int, width: int) -> tuple[int, list[tuple[slice, slice, slice, slice]]]:
@@ -328,18 +328,24 @@ def _edges(inputs: int, outputs: int, width: int) -> tuple[int, list[tuple[slice
 
 def _add_chunks(out: Tensor, x: Tensor, found: Tensor) -> None:
     """Add M R_c x_c to each chunk of out (rows, out), over and over if it is longer: of x (rows, in)."""
-    width, most = found.shape[1], len(found) * found.shape[1]
-    if out.shape[1] > most:
-        h = out.new_zeros(len(out), most)
-        _add_chunks(h, x, found)
-        for start in range(0, out.shape[1], most):
-            piece = out[:, start : start + most]
-            piece.add_(h[:, : piece.shape[1]])
-        return
+    number, width = found.shape[:2]
+    most = number * width
     whole, pieces = _edges(x.shape[1], out.shape[1], width)
-    _whole(out, whole, width).baddbmm_(_whole(x, whole, width), found[:whole].transpose(1, 2))
-    for source, columns, rows, aim in pieces:
-        out[:, aim].addmm_(x[:, source], found[whole, rows, columns].t())
+    if out.shape[1] <= most:
+        _whole(out, whole, width).baddbmm_(_whole(x, whole, width), found[:whole].transpose(1, 2))
+        for source, columns, rows, aim in pieces:
+            out[:, aim].addmm_(x[:, source], found[whole, rows, columns].t())
+        return
+    h = out.new_empty(number, len(out), width)
+    torch.bmm(_whole(x, whole, width), found[:whole].transpose(1, 2), out=h[:whole])
+    for beta, (source, columns, _, _) in enumerate(pieces):
+        h[whole].addmm_(x[:, source], found[whole, :, columns].t(), beta=beta)
+    for start in range(0, out.shape[1], most):
+        piece = out[:, start : start + most]
+        chunks, rest = divmod(piece.shape[1], width)
+        _whole(piece, chunks, width).add_(h[:chunks])
+        if rest:
+            piece[:, chunks * width :] += h[chunks, :, :rest]
 
 
 def _add_chunks_back(dx: Tensor, g: Tensor, found: Tensor) -> None:
@@ -354,13 +360,13 @@ def _add_chunks_back(dx: Tensor, g: Tensor, found: Tensor) -> None:
 def _chunk_products(g: Tensor, x: Tensor, width: int) -> Tensor:
     """Return N_c = g_c^T x_c of each chunk, (number, r̂, r̂)."""
     whole, pieces = _edges(x.shape[1], g.shape[1], width)
-    products = torch.bmm(_whole(g, whole, width).transpose(1, 2), _whole(x, whole, width))
-    if not pieces:
-        return products
-    last = g.new_zeros(1, width, width)
+    products = g.new_empty(whole + bool(pieces), width, width)
+    torch.bmm(_whole(g, whole, width).transpose(1, 2), _whole(x, whole, width), out=products[:whole])
+    if pieces:
+        products[whole] = 0
     for source, columns, rows, aim in pieces:
-        last[0, rows, columns] = g[:, aim].t() @ x[:, source]
-    return torch.cat([products, last])
+        products[whole, rows, columns] = g[:, aim].t() @ x[:, source]
+    return products
 
 
 def _folded(g: Tensor, most: int) -> Tensor:

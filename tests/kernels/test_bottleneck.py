@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lit_peft.kernels import bottleneck as bottleneck_kernels
+from lit_peft.methods.compacter import kronecker, matrix
 from lit_peft.ops.bottleneck import bottleneck, reference
 from lit_peft.zoo import compose
 from tests.kernels.where import DEVICE
@@ -107,6 +109,18 @@ def test_registered() -> None:
     torch.library.opcheck(back, (x, z, down, up, ub, gate, "gelu", 2.0, True), test_utils=checks)
 
 
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_compacters_matrices(n: int) -> None:
+    shapes = [(n, n, n), (n, 3), (n, 2)]
+    rule, s, t = (drawn(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate(shapes))
+    both(
+        matrix,
+        lambda rule, s, t: kronecker(torch.eye(3 * n).double(), rule, s, t, torch.zeros(2 * n)).t(),
+        [rule, s, t],
+        1e-12,
+    )
+
+
 @pytest.mark.parametrize("method", ["houlsby", "unipelt", "compacter"])
 def test_a_model_on_kernels(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradients are those of plain operations."""
@@ -116,11 +130,20 @@ def test_a_model_on_kernels(method: str, tmp_path: Path, monkeypatch: pytest.Mon
     module.configure_model()
     shake(module)
     rows = batch("sft", rows=2)
-    found = {}
+    found, launches = {}, 0
+    launch = bottleneck_kernels.bottleneck
+
+    def counted(*args: Any) -> Any:
+        nonlocal launches
+        launches += 1
+        return launch(*args)
+
+    monkeypatch.setattr(bottleneck_kernels, "bottleneck", counted)
     for kernels in ("0", "1"):
         monkeypatch.setenv("LIT_PEFT_KERNELS", kernels)
         loss = module.training_step(rows, 0)
         found[kernels] = {"loss": loss.detach(), **gradients(module, rows)}
+    assert launches > 0
     assert found["0"].keys() == found["1"].keys()
     assert any(keyword in name for name in found["1"])
     for name, wanted in found["0"].items():

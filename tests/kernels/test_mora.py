@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lit_peft.kernels import mora as mora_kernels
 from lit_peft.low_rank import square
 from lit_peft.ops.mora import square_linear, square_update
 from lit_peft.zoo import compose
@@ -107,11 +108,20 @@ def test_a_model_on_kernels(method: str, tmp_path: Path, monkeypatch: pytest.Mon
     module.configure_model()
     shake(module)
     rows = batch("sft", rows=2)
-    found = {}
+    found, launches = {}, 0
+    launch = mora_kernels.mora
+
+    def counted(*args: Any) -> Any:
+        nonlocal launches
+        launches += 1
+        return launch(*args)
+
+    monkeypatch.setattr(mora_kernels, "mora", counted)
     for kernels in ("0", "1"):
         monkeypatch.setenv("LIT_PEFT_KERNELS", kernels)
         loss = module.training_step(rows, 0)
         found[kernels] = {"loss": loss.detach(), **gradients(module, rows)}
+    assert launches > 0
     assert found["0"].keys() == found["1"].keys()
     assert any("mora_m" in name for name in found["1"])
     for name, wanted in found["0"].items():

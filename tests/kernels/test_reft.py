@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from lit_peft.kernels import reft as reft_kernels
 from lit_peft.ops.reft import edit_rows
 from lit_peft.zoo import compose
 from tests.kernels.where import DEVICE
@@ -89,11 +90,20 @@ def test_a_model_on_kernels(method: str, tmp_path: Path, monkeypatch: pytest.Mon
     module.configure_model()
     shake(module)
     rows = batch("sft", rows=2)
-    found = {}
+    found, launches = {}, 0
+    launch = reft_kernels.edit
+
+    def counted(*args: Any) -> Any:
+        nonlocal launches
+        launches += 1
+        return launch(*args)
+
+    monkeypatch.setattr(reft_kernels, "edit", counted)
     for kernels in ("0", "1"):
         monkeypatch.setenv("LIT_PEFT_KERNELS", kernels)
         loss = module.training_step(rows, 0)
         found[kernels] = {"loss": loss.detach(), **gradients(module, rows)}
+    assert launches > 0
     assert found["0"].keys() == found["1"].keys()
     assert any("reft_rotation" in name for name in found["1"])
     for name, wanted in found["0"].items():
