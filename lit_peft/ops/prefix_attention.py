@@ -72,8 +72,10 @@ def merges(
         return False
     if q.device.type == "cpu":
         return True
-    # the stock kernels read 16 bytes at once
-    return q.device.type == "cuda" and q.shape[3] % 8 == 0 and q.shape[3] <= 256 and _launches(q, prefix_k, kernels)
+    # the stock kernels read 16 bytes at once, and begin at Ampere
+    fits = q.device.type == "cuda" and q.shape[3] % 8 == 0 and q.shape[3] <= 256
+    modern = fits and torch.cuda.is_available() and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return modern and _launches(q, prefix_k, kernels)
 
 
 def _launches(q: Tensor, prefix_k: Tensor, kernels: bool | None) -> bool:
@@ -186,7 +188,8 @@ class _Merged(torch.autograd.Function):
 
 def _front(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return attention to the prefix alone and its log-sum-exp, by the stock kernel."""
-    o, lse, _ = attention(q, *(part.expand(len(q), -1, -1, -1) for part in (prefix_k, prefix_v)), None, False, scale)
+    k, v = (part.expand(len(q), -1, -1, -1) for part in (prefix_k, prefix_v))
+    o, lse, _ = attention(q, k, v, None, False, scale)
     return o, lse
 
 
@@ -201,8 +204,8 @@ def _front_backward(
     g: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the prefix's part of q's gradient, and the gradients of its keys and values."""
-    wide = (part.expand(len(q), -1, -1, -1) for part in (prefix_k, prefix_v))
-    dq, dk, dv = attention_backward(g, q, *wide, o, lse, (), None, False, scale)
+    k, v = (part.expand(len(q), -1, -1, -1) for part in (prefix_k, prefix_v))
+    dq, dk, dv = attention_backward(g, q, k, v, o, lse, (), None, False, scale)
     return dq, dk.sum_to_size(prefix_k.shape), dv.sum_to_size(prefix_v.shape)
 
 
