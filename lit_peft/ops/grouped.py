@@ -24,7 +24,7 @@ class Grouped:
         h: Tensor = shrink(
             x.contiguous(), sets.stacked_a(x.dtype), t.order, t.blocks, t.sets, t.tokens, t.block, t.rank
         )
-        expand(out, h, sets.stacked_b(x.dtype), t.order, t.blocks, t.sets, t.tokens, t.block)
+        expand(out, h, sets.stacked_b(x.dtype).t().contiguous(), t.order, t.blocks, t.sets, t.tokens, t.block)
         return h
 
     @staticmethod
@@ -46,7 +46,9 @@ class Grouped:
         if h is not None:
             db = sets.split_b(collect(h, g, total, t.order, t.sets, t.tokens, t.block), for_b)
         if dx is not None or x is not None:
-            inner = shrink(g, sets.stacked_b(g.dtype), t.order, t.blocks, t.sets, t.tokens, t.block, t.rank)
+            inner = shrink(
+                g, sets.stacked_b(g.dtype).t().contiguous(), t.order, t.blocks, t.sets, t.tokens, t.block, t.rank
+            )
             if dx is not None:
                 expand(
                     dx.zero_() if fresh else dx,

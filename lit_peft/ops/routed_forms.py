@@ -52,7 +52,7 @@ class Stacked:
     def add(out: Tensor, x: Tensor, sets: Sets) -> Tensor:
         """See `Form`."""
         h = _own(sets.stacked_a(x.dtype) @ x.t(), sets)
-        out.addmm_(h.t(), sets.stacked_b(x.dtype))
+        out.addmm_(h.t(), sets.stacked_b(x.dtype).t())
         return h
 
     @staticmethod
@@ -70,7 +70,7 @@ class Stacked:
         da: Gradients = [None] * len(for_a)
         db = [*da] if h is None else sets.split_b(h @ g, for_b)
         if dx is not None or x is not None:
-            inner = _own(sets.stacked_b(g.dtype) @ g.t(), sets)
+            inner = _own(sets.stacked_b(g.dtype).t() @ g.t(), sets)
             if dx is not None:
                 dx.addmm_(inner.t(), sets.stacked_a(g.dtype), beta=0 if fresh else 1)
             if x is not None:

@@ -149,8 +149,11 @@ class Sets:
         return torch.cat([*self.a]).to(dtype)
 
     def stacked_b(self, dtype: torch.dtype) -> Tensor:
-        """Return all s_i B_i^T below each other, (sum of ranks, out), scaled before they are rounded."""
-        return torch.cat([part.t() for part in torch._foreach_mul([*self.b], [*self.scales])]).to(dtype)
+        """Return all s_i B_i beside each other, (out, sum of ranks), scaled before they are rounded."""
+        if len(set(self.scales)) > 1:
+            return torch.cat(torch._foreach_mul([*self.b], [*self.scales]), 1).to(dtype)
+        stacked = torch.cat([*self.b], 1)
+        return (stacked if self.scales[0] == 1 else stacked.mul_(self.scales[0])).to(dtype)
 
     def split_a(self, gradient: Tensor, asked: Sequence[bool]) -> list[Tensor | None]:
         """Return the dA_i that are asked for, of all below each other; copies, or one would keep all others alive."""

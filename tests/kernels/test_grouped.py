@@ -68,7 +68,7 @@ def test_registered() -> None:
     y, x, *pairs = (tensor.detach() for tensor in tensors(batch, torch.float32, torch.float32, DEVICE))
     sets = Sets(pairs[:3], pairs[3:], [1.0] * 3, Routing(batch[0]))
     t = sets.rows.tables(sets.ranks, 3, DEVICE)
-    x, y, a, b = x.flatten(0, 1), y.flatten(0, 1), sets.stacked_a(x.dtype), sets.stacked_b(x.dtype)
+    x, y, a, b = x.flatten(0, 1), y.flatten(0, 1), sets.stacked_a(x.dtype), sets.stacked_b(x.dtype).t().contiguous()
     places = (t.order, t.blocks, t.sets, t.tokens, t.block)
     h = grouped.shrink(x, a, *places, t.rank)
     ops = torch.ops.lit_peft
