@@ -15,6 +15,7 @@ from lit_peft.ops.lora_linear import lora_linear
 from lit_peft.ops.low_rank import low_rank_update
 from tests.kernels.where import DEVICE
 from tests.ops.exact import TOLERANCE, adapted, agree, drawn, gradients
+from tests.ops.test_lora_linear import Counted
 
 SIZES = [(5, 7, 3, 1), (1, 33, 65, 7), (35, 36, 40, 8), (9, 140, 12, 16), (3, 20, 24, 64)]  # rows, in, out, r
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -193,3 +194,20 @@ def test_a_model_trains_alike_with_kernels_and_without(monkeypatch: pytest.Monke
         agree(found[choice][0], found["0"][0], 1e-5)
         for mine, theirs in zip(found[choice][1], found["0"][1], strict=True):
             agree(mine, theirs, 2e-4)
+
+
+@pytest.mark.parametrize(("lined", "forward", "backward"), [(True, 2, 5), (False, 4, 7)])
+def test_launches(lined: bool, forward: int, backward: int) -> None:
+    """Bordered: shrink, a product | dyb_db and s of dB, a product, dA and its cast. Else two products and casts."""
+    layer = nn.Linear(8, 8, bias=False).to(DEVICE, torch.bfloat16).requires_grad_(False)
+    x, a, b = (part.detach().requires_grad_() for part in made((5, 8), (2, 8), (8, 2), dtype=torch.float32))
+    x = x.detach().bfloat16().requires_grad_()
+    if lined:
+        border.surround(layer, 2).hold(layer.weight, a, b)
+    with Counted() as there:
+        out = lora_linear(x, layer, a, b, 0.5, kernels=True)
+    slope = torch.ones_like(out)
+    with Counted() as back:
+        torch.autograd.grad(out, [x, a, b], slope)
+    assert len(there.seen) <= forward, there.seen
+    assert len(back.seen) <= backward, back.seen
