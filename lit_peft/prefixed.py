@@ -217,7 +217,8 @@ def prepare(model: nn.Module, modules: list[nn.Module]) -> None:
     names: list[str] = []
     for module in modules:
         config: Any = getattr(module, "config", None)
-        source = sys.modules.get(type(module).__module__)
+        own = module.__dict__.get("plain", module)  # a lean block stands for the model's own
+        source = sys.modules.get(type(own).__module__)
         if config is None or not hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
             raise TypeError(
                 f"{type(module).__name__} does not use transformers' attention interface, so prefixes cannot enter. "

@@ -125,15 +125,16 @@ class LeanAttention(LeanBlock):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model's own attention returns."""
         own = type(self.plain).forward
-        if not recording():
-            return own(self, *args, **kwargs)
-        x = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(x, Tensor) and takes_kernel("rotary", x, rows=x.numel() // max(1, x.shape[-1])):
-            own = turning(own)
-        shared = _Shared(self)
+        # others find what they have noted in its __dict__, and its class, as on the model's own module
         copy = object.__new__(type(self.plain))
-        state = {key: value for key, value in self.__dict__.items() if key not in ("plain", "reader")}
-        copy.__dict__.update({**self.plain.__dict__, **state, **{name: _Layer(shared, name) for name in self.reads}})
+        state = {key: value for key, value in self.__dict__.items() if key != "plain"}
+        copy.__dict__.update({**self.plain.__dict__, **state})
+        if recording():
+            shared = _Shared(self)
+            copy.__dict__.update({name: _Layer(shared, name) for name in self.reads})
+            x = args[0] if args else kwargs.get("hidden_states")
+            if isinstance(x, Tensor) and takes_kernel("rotary", x, rows=x.numel() // max(1, x.shape[-1])):
+                own = turning(own)
         return own(copy, *args, **kwargs)
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lit_peft import LoRAConfig, adapters, disabled, place, routed
+from lit_peft import LoRAConfig, adapters, disabled, place, prefixed, routed
 from lit_peft.adapter import merge
 from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.ops import lean_blocks
@@ -49,8 +50,6 @@ def used(monkeypatch: pytest.MonkeyPatch, packing: None) -> list[str]:
 def tiny(kind: str = "llama", **settings: Any) -> Any:
     """Returns a model with an adapter on every linear layer of its blocks, in float64."""
     torch.manual_seed(0)
-    from transformers import AutoConfig
-
     shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "vocab_size": 64}
     shape |= {"num_key_value_heads": 2, "num_hidden_layers": 2, "head_dim": 8} | settings
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)).double().requires_grad_(False)
@@ -328,4 +327,50 @@ def test_generation_with_a_cache_is_the_models_own(used: list[str]) -> None:
     make_lean(packed)
     found = [model.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0) for model in (plain, packed)]
     assert found[0].equal(found[1])
+    assert not used
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_attention_functions_see_the_models_own_module(record: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefix finds its number in the module's __dict__, and by its class where the module is from."""
+    model = adapted(tiny())
+    seen: list[Any] = []
+
+    def noted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append((type(module), module.__dict__.get("number"), module.training, module.q_proj.weight.shape))
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "noted", noted)
+    model.config._attn_implementation = "noted"
+    kind = type(model.model.layers[0].self_attn)
+    model.model.layers[0].self_attn.__dict__["number"] = 0
+    make_lean(model)
+    model.model.layers[1].self_attn.__dict__["number"] = 1
+    with torch.set_grad_enabled(record):
+        model(input_ids=IDS, use_cache=False)
+    assert seen == [(kind, number, True, (32, 32)) for number in (0, 1)]
+    model.config._attn_implementation = "sdpa"
+    prefixed.prepare(model, [layer.self_attn for layer in model.model.layers])
+    assert model.model.layers[1].self_attn.__dict__[prefixed.INDEX] == 1
+
+
+def test_sharded_weights_are_left_to_their_sharding(used: list[str], tmp_path: Path) -> None:
+    """FSDP2 puts gathered parameters in place of those that `make_lean` saw while a layer runs."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted(tiny())
+    wanted = results(model)
+    make_lean(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        same([loss, *(p.grad.full_tensor() for p in trained)], wanted)
+    finally:
+        torch.distributed.destroy_process_group()
     assert not used
