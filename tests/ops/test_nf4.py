@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lit_peft.ops import nf4
+from lit_peft.ops import choice, nf4
 from lit_peft.ops.nf4 import codec, decode, parts, scratch
-from lit_peft.ops.nf4_linear import nf4_linear, reference
+from lit_peft.ops.nf4_linear import nf4_linear, reference, takes_few
 from lit_peft.quantised.linear import NF4Linear, encode
 from tests.ops.exact import TOLERANCE, agree, drawn
 from tests.ops.test_low_rank import both
@@ -149,3 +149,24 @@ def test_a_second_derivative_of_the_layer() -> None:
         (first,) = torch.autograd.grad(call(value).pow(3).sum(), value, create_graph=True)
         found.append(torch.autograd.grad(first.pow(2).sum(), value)[0])
     agree(found[0], found[1], 1e-5)
+
+
+def test_few_tokens_are_left_to_bitsandbytes_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For generating: without gradients, where blocks are whole, and up to the rows that were measured."""
+    monkeypatch.delenv("LIT_PEFT_KERNELS", raising=False)
+    table: dict[str, dict[str, int]] = {}
+    monkeypatch.setattr(choice, "measured", lambda: {"a GPU": table})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    with FakeTensorMode():
+        x = torch.empty(4, 16, 64, device="cuda", dtype=torch.bfloat16)
+        assert takes_few(x, (48, 64, True))
+        assert not takes_few(x, (48, 64, False))
+        assert not takes_few(x, (48, 96, True))
+        assert not takes_few(x.requires_grad_(), (48, 64, True))
+        with torch.no_grad():
+            assert takes_few(x, (48, 64, True))
+            table["nf4_product"] = {"rows": 65}
+            assert takes_few(x, (48, 64, True))
+            table["nf4_product"] = {"rows": 64}
+            assert not takes_few(x, (48, 64, True))
+    assert not takes_few(torch.empty(1, 64), (48, 64, True)), "on CPUs it repacks weights in place"

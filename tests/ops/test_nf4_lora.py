@@ -21,6 +21,8 @@ from lit_peft.ops.nf4_linear import takes_few
 from lit_peft.ops.nf4_lora import joins_nf4, nf4_lora_linear
 from lit_peft.ops.norm import rms_norm
 from lit_peft.quantised.linear import NF4Linear
+from lit_peft.quantised.model import quantise
+from tests.models import tiny
 from tests.ops.exact import TOLERANCE, agree, drawn
 from tests.ops.test_low_rank import both
 from tests.ops.test_memory import SHAPES as MODELS
@@ -292,3 +294,15 @@ def test_eight_billion_in_four_bits() -> None:
                 return live.bytes
 
     assert (kept(3) - kept(2)) / TOKENS / MODELS["8B"][0] <= 24
+
+
+def test_weights_that_gpt2_stores_the_other_way_round() -> None:
+    model = tiny("gpt2").float().requires_grad_(False)
+    quantise(model)
+    layer = LoRALinear(model.get_submodule("transformer.h.0.attn.c_attn"), LoRAConfig(r=2))
+    nn.init.normal_(layer.lora_b["default"])
+    assert layer.base.transposed
+    x = drawn(3, 32, dtype=torch.float32, seed=2)
+    assert layer.joined("default", x) is not None
+    for got, right in zip(gradients(layer, layer, x), gradients(exactly(layer), layer, x), strict=True):
+        agree(got, right, 1e-5)
