@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_peft.ops.choice import takes_kernel
-from lit_peft.ops.nf4 import BLOCK, KNOWN, decode, decoded, parts, values
+from lit_peft.ops.nf4 import BLOCK, KNOWN, codec, decode, decoded, parts, values
 from lit_peft.ops.recipes import eager
 
 Sizes = tuple[int, int, bool]  # out, in, whether the c are in 8 bits; as `decode` takes them
@@ -68,6 +68,8 @@ def few_tokens(x: Tensor, packed: Tensor, bias: Tensor | None, sizes: Sizes) -> 
     out, wide, double = sizes
     levels, small, numbers = parts(out, wide, double)
     scales = packed[numbers].view(torch.float32)
+    if not torch.compiler.is_compiling():
+        codec()  # registers it
     return cast(
         Tensor,
         torch.ops.bitsandbytes.gemm_4bit.default(

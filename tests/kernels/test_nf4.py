@@ -19,7 +19,8 @@ from tests.kernels.where import DEVICE
 from tests.models import save_tiny
 from tests.ops.exact import TOLERANCE, agree, drawn
 from tests.ops.test_low_rank import both
-from tests.ops.test_nf4 import by_hand, gradients, qlora
+from tests.ops.test_nf4 import by_hand
+from tests.ops.test_nf4_lora import gradients, qlora
 from tests.test_methods import batch
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
