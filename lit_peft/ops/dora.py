@@ -156,7 +156,8 @@ class _Joined(torch.autograd.Function):
             out = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
         else:
             out = product
-        c = nonzero(m / n)
+        m = nonzero(m)
+        c = m / n
         if launch:
             torch.ops.lit_peft.turn(out, h, b, c, bias, scale)
         else:
@@ -168,7 +169,7 @@ class _Joined(torch.autograd.Function):
             a if needed[0] else None,
             b,
             c,
-            n,
+            m if needed[5] else None,
             h if needed[4] else None,
             out if needed[5] else None,
             *(recipe.parts if needed[3] else ()),
@@ -179,24 +180,28 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]  # a second derivative would lack H's
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight, bias, a, b, c, n, h, y, *parts = ctx.saved_tensors
+        weight, bias, a, b, c, m, h, y, *parts = ctx.saved_tensors
         make, shape, scale, launch = ctx.made
         needed = ctx.needs_input_grad
         g = gradient.reshape(-1, gradient.shape[-1])
-        dx = da = None
-        turned = (c[:, None] * b).to(b.dtype)
-        inner, db, _ = inner_gradients(
-            g, turned, None, h, scale, (needed[0], needed[3], needed[4] and not launch, False)
-        )
-        light = needed[0] and len(g) > shape[-1]  # c goes into W or into g, whichever is smaller
-        room = torch.empty_like(g) if needed[0] and not light else None
-        db, dm = _sides(g, y, h, db, bias, c, n, scale, launch, room)
+        dx = da = db = dm = None
+        if launch and (h is not None or y is not None):
+            db, dm = torch.ops.lit_peft.turn_backward(g.contiguous(), None if y is None else y.view(g.shape), h, bias)
+            db = None if h is None else db.mul_(scale * c[:, None]).to(g.dtype)
+            dm = None if y is None else dm.div_(m)
+        into_weight = launch or len(g) > shape[-1]  # c goes into W or into g, whichever is smaller
+        room = None if into_weight else torch.empty_like(g)
+        if not launch:
+            dm = _lengths(g, y, bias, m, room)
+        u = g if room is None else torch.mul(g, c, out=room)
+        turned = (c[:, None] * b).to(b.dtype) if into_weight else b
+        wanted = needed[0], needed[3], needed[4] and db is None, False
+        inner, found, _ = inner_gradients(u, turned, None, h, scale, wanted)
+        if found is not None:
+            db = (found * c[:, None]).to(g.dtype) if into_weight else found
         if needed[0]:
-            if light:
-                dx = g @ torch.mul(weight, c[:, None], out=torch.empty_like(weight))
-            else:
-                dx = torch.mul(g, c, out=room) @ weight
-            dx = dx.addmm_(inner.t(), a).view(shape)
+            weight = torch.mul(weight, c[:, None], out=torch.empty_like(weight)) if into_weight else weight
+            dx = (u @ weight).addmm_(inner.t(), a).view(shape)
         if needed[3]:
             da = inner @ make(*parts).reshape(-1, shape[-1])
         return dx, None, None, da, db, dm, *[None] * 5
@@ -219,7 +224,8 @@ class _Update(torch.autograd.Function):
         needed = ctx.needs_input_grad
         with as_written(y):
             h = a @ x.reshape(-1, x.shape[-1]).to(y.dtype).t()
-            c = nonzero(m / n)
+            m = nonzero(m)
+            c = m / n
             out = torch.addmm(y.reshape(-1, y.shape[-1]), h.t(), b.t(), alpha=scale)
             out = torch.ops.aten._unsafe_view(stretch_(out, bias, c), y.shape)
         ctx.save_for_backward(
@@ -227,7 +233,7 @@ class _Update(torch.autograd.Function):
             a if needed[1] else None,
             b,
             c,
-            n,
+            m if needed[5] else None,
             h if needed[4] else None,
             out if needed[5] else None,
             *(recipe.parts if needed[3] else ()),
@@ -238,63 +244,41 @@ class _Update(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        bias, a, b, c, n, h, y, *parts = ctx.saved_tensors
+        bias, a, b, c, m, h, y, *parts = ctx.saved_tensors
         make, shape, dtype, scale = ctx.made
         needed = ctx.needs_input_grad
         g = gradient.reshape(-1, gradient.shape[-1])
         dx = da = None
-        turned = (c[:, None] * b).to(b.dtype)
-        inner, db, _ = inner_gradients(g, turned, None, h, scale, (needed[1], needed[3], needed[4], False))
-        room = torch.empty_like(g) if needed[0] else None
-        db, dm = _sides(g, y, h, db, bias, c, n, scale, False, room)
-        dy = torch.mul(g, c, out=room).view(gradient.shape) if needed[0] else None
+        room = torch.empty_like(g)
+        dm = _lengths(g, y, bias, m, room)
+        u = torch.mul(g, c, out=room)
+        inner, db, _ = inner_gradients(u, b, None, h, scale, (needed[1], needed[3], needed[4], False))
         if needed[1]:
             dx = (inner.t() @ a).view(shape).to(dtype)
         if needed[3]:
             da = inner @ make(*parts).reshape(-1, shape[-1]).to(g.dtype)
-        return dy, dx, None, da, db, dm, None, None, None
+        return u.view(gradient.shape) if needed[0] else None, dx, None, da, db, dm, None, None, None
 
 
-def _sides(
-    g: Tensor,
-    y: Tensor | None,
-    h: Tensor | None,
-    db: Tensor | None,
-    bias: Tensor | None,
-    c: Tensor,
-    n: Tensor,
-    scale: float,
-    launch: bool,
-    room: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return dB (out, r) and dm (out,), each where it is asked for.
+def _lengths(g: Tensor, y: Tensor | None, bias: Tensor | None, m: Tensor, room: Tensor | None) -> Tensor | None:
+    """Return dm (out,) where y is there.
 
     Args:
         g: the gradient (rows, out).
-        y: the output, or None where dm is not asked for.
-        h: H (r, rows), or None where dB is not asked for.
-        db: s (H g)^T (out, r), still without c; the kernel works it out by itself.
+        y: the output (..., out), or None where dm is not asked for.
         bias: b (out,) or none.
-        c: (out,).
-        n: (out,).
-        scale: s.
-        launch: whether to take the kernel, which reads g once for both.
+        m: (out,), none of it zero.
         room: memory like g that may be overwritten, or None.
     """
-    dm = None
-    if y is not None:
-        y = y.reshape(g.shape)
-    if launch and (h is not None or y is not None):
-        db, dm = torch.ops.lit_peft.turn_backward(g.contiguous(), y, h, bias)
-        db, dm = (None if h is None else db.mul_(scale)), (None if y is None else dm)
-    elif y is not None:
-        if bias is None or y.dtype.itemsize >= 4:
-            dm = sums(g, y, room)
-            if bias is not None:
-                dm -= bias * g.sum(0, dtype=dm.dtype)
-        else:  # products in half precision are rounded: the bias must be gone before
-            dm = sums(g, y - bias, room)
-    return None if db is None else (db * c[:, None]).to(g.dtype), None if dm is None else dm.div_(c * n)
+    if y is None:
+        return None
+    y = y.reshape(g.shape)
+    if bias is None:
+        return sums(g, y, room).div_(m)
+    if y.dtype.itemsize < 4:  # products in half precision are rounded: the bias must be gone before
+        return sums(g, y - bias, room).div_(m)
+    total = sums(g, y, room)
+    return total.sub_(bias * g.sum(0, dtype=total.dtype)).div_(m)
 
 
 # Launches ------------------------------------------------------------------------------------------------------------

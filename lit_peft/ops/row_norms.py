@@ -48,7 +48,7 @@ def row_norms(square: Tensor, product: Tensor, a: Tensor, b: Tensor, scale: floa
     product, a, b = product.to(dtype), a.to(dtype), b.to(dtype).t()
     with as_written(b):
         found = torch.addmm(product, a @ a.t(), b, beta=2, alpha=scale).mul_(b).sum(0)
-    return found.mul_(scale).add_(square).clamp_min_(torch.finfo(found.dtype).tiny).sqrt_()
+    return torch.add(square, found, alpha=scale).clamp_min_(torch.finfo(found.dtype).tiny).sqrt_()
 
 
 class Norms:

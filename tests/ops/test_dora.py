@@ -116,7 +116,7 @@ def test_kept_are_the_input_the_output_and_what_is_rank_r() -> None:
         out = dora_linear(inputs[0], base, *inputs[1:], 0.7)
     for given in (*inputs, base.weight, base.bias, out):
         kept.pop(given.untyped_storage().data_ptr(), None)
-    assert sum(kept.values()) == 4 * (2 * 50 + 30)  # H and c
+    assert sum(kept.values()) == 4 * (2 * 50 + 2 * 30)  # H, c and m
 
 
 def test_a_change_in_place_is_noticed() -> None:
