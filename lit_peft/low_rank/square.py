@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from lit_peft.ops.mora import slots
+from lit_peft.ops.square_maps import slots
 
 TYPES = (1, 2, 3, 4, 6)
 BASE = 10000.0  # of the rotation, as in RoPE
