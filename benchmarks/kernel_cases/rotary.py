@@ -35,6 +35,6 @@ def cases(small: bool) -> list[Case]:
             return [drawn(heads), drawn(shared), *turns, drawn(heads), drawn(shared)]
 
         moved = 2 * 4 * length * (heads + shared) * width
-        return Case("rotary", {"rows": length, "width": (heads + shared) * width}, make, run, exact, moved)
+        return Case("rotary", {"rows": length}, make, run, exact, moved)
 
     return [case(*size) for size in sizes]

@@ -42,7 +42,7 @@ def cases(small: bool) -> list[Case]:
             layer = nn.Linear(width, tall, bias=False, **half).requires_grad_(False)  # type: ignore[arg-type]
             plain = copy.deepcopy(layer)
             if lined:
-                border.surround(layer, r)
+                border.allow(layer)  # which gets one when it is first called
             x, slope = torch.randn(rows, width, **half), torch.randn(rows, tall, **half)  # type: ignore[call-overload]
             a, b = torch.randn(r, width, device=device) / 50, torch.randn(tall, r, device=device) / 50
             return [x, layer, plain, a, b, slope]

@@ -7,15 +7,15 @@ from torch import Tensor
 
 from benchmarks.kernel_cases import Case
 from lit_peft.ops.low_rank import inner_gradients
+from lit_peft.ops.shrink import takes
 
 SCALE = 2.0
 
 
-def run(g: Tensor, b: Tensor, h: Tensor, kernels: bool) -> Sequence[Tensor]:
+def run(g: Tensor, b: Tensor, h: Tensor, kernels: bool | None) -> Sequence[Tensor]:
     """Returns P and dB: g (rows, out), B (out, r), H (r, rows)."""
-    inner, db, _ = inner_gradients(
-        g, b if kernels else b.to(g.dtype), None, h, SCALE, (True, True, True, False), kernels
-    )
+    launch = takes("spread", g, len(b), len(h), 0.0, kernels)
+    inner, db, _ = inner_gradients(g, b if launch else b.to(g.dtype), None, h, SCALE, (True, True, True, False), launch)
     assert db is not None
     return inner, db
 

@@ -49,7 +49,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, kernels: bool | None = No
         >>> rms_norm(torch.tensor([[3.0, -3.0]]), torch.ones(2), 0.0).tolist()
         [[1.0, -1.0]]
     """
-    launch = weight.dtype == x.dtype and takes_kernel("norm", x, kernels, rows=x.numel() // x.shape[-1])
+    launch = weight.dtype == x.dtype and takes_kernel("norm", x, kernels, **_sizes(x))
     if launch:
         with torch.no_grad():
             y, rho = _norm(x.detach(), weight, eps)
@@ -105,7 +105,11 @@ def shrinks(x: Tensor, weight: Tensor, factors: Sequence[Tensor], kernels: bool 
     """
     ranks = sum(map(len, factors))  # more than 64 do not fit into registers
     fits = weight.dtype == x.dtype in (torch.bfloat16, torch.float32) and 0 < ranks <= 64 and len(factors) <= 3
-    return fits and takes_kernel("norm_shrink", x, kernels, rows=x.numel() // x.shape[-1], width=x.shape[-1])
+    return fits and takes_kernel("norm_shrink", x, kernels, **_sizes(x))
+
+
+def _sizes(x: Tensor) -> dict[str, int]:
+    return {"rows": x.numel() // max(1, x.shape[-1]), "width": x.shape[-1]}
 
 
 class _Norm(torch.autograd.Function):

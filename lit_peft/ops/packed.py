@@ -288,7 +288,7 @@ def _(y: Tensor, h: Tensor, bs: Sequence[Tensor], scales: Sequence[float], apart
     return y.new_empty((len(y), len(bs[-1])) if apart else (0,))
 
 
-@torch.library.custom_op("lit_peft::spread", mutates_args=())
+@torch.library.custom_op("lit_peft::packed_spread", mutates_args=())
 def _spread(gs: Sequence[Tensor], bs: Sequence[Tensor], scales: Sequence[float], pack: bool) -> tuple[Tensor, Tensor]:
     from lit_peft.kernels.packed import spread
 

@@ -137,7 +137,7 @@ def _form(x: Tensor, dtype: torch.dtype, sets: Sets, kernels: bool | None) -> ty
     """Return which form is to be used."""
     ranks, tokens, rows = sets.ranks, x.numel() // x.shape[-1], sets.rows
     fits = rows.alone and dtype != torch.float64 and 0 < max(ranks) <= Grouped.MOST_RANK
-    if fits and takes_kernel("routed", x, kernels, sets=len(ranks), rows=tokens):
+    if fits and takes_kernel("routed", x, kernels, sets=len(ranks), rows=tokens, width=x.shape[-1]):
         return Grouped
     pairs = sum(len(run.sets) for run in rows.runs)
     work = tokens * sum(ranks) * (x.shape[-1] + len(sets.b[0]))

@@ -77,4 +77,4 @@ def test_registered() -> None:
     gs = list(torch.randn(6, 12, device=DEVICE).split((5, 4, 3), 1))
     for yes in (True, False):
         torch.library.opcheck(torch.ops.lit_peft.expand, (y, h, bs, [1.0, 1.0, 2.0], yes))
-        torch.library.opcheck(torch.ops.lit_peft.spread, (gs, bs, [1.0, 1.0, 2.0], yes))
+        torch.library.opcheck(torch.ops.lit_peft.packed_spread, (gs, bs, [1.0, 1.0, 2.0], yes))
