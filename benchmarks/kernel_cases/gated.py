@@ -51,8 +51,6 @@ def cases(small: bool) -> list[Case]:
         # x, dx, and e0 and g0 written and read, h, dh, de and dg
         moved = 2 * rows * (2 * wide + 12 * f)
         products = 2 * 2 * rows * 2 * f * wide
-        return Case(
-            "gated", {"rows": rows, "in": wide, "width": 2 * f}, make, run, exact, moved, products, tolerance=2e-2
-        )
+        return Case("gated", {"rows": rows, "width": 2 * f}, make, run, exact, moved, products, tolerance=2e-2)
 
     return [case(*size) for size in sizes]

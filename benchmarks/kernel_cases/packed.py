@@ -52,7 +52,7 @@ def cases(small: bool) -> list[Case]:
         # x, dx; y written and read again, G read twice and written
         moved = 2 * rows * (2 * wide + 5 * sum(sizes))
         products = 2 * 2 * rows * sum(sizes) * wide
-        named = {"rows": rows, "in": wide, "width": sum(sizes)}
+        named = {"rows": rows, "width": sum(sizes)}
         return Case("packed", named, make, run, exact, moved, products, tolerance=2e-2)
 
     return [case(*shape) for shape in shapes]

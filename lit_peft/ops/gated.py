@@ -50,7 +50,7 @@ def gated_product(e: Tensor, g: Tensor, *, kernels: bool | None = None) -> Tenso
         >>> gated_product(torch.tensor([0.0, 100.0]), torch.ones(2)).tolist()
         [0.0, 100.0]
     """
-    launch = takes_kernel("gated", e, kernels, rows=e.numel() // max(1, e.shape[-1]), width=e.shape[-1])
+    launch = takes_kernel("gated", e, kernels, rows=e.numel() // max(1, e.shape[-1]), width=2 * e.shape[-1])
     product: Tensor = _Product.apply(e, g, launch)  # type: ignore[no-untyped-call]
     return note(product, e, g, make=_launched if launch else silu_product)
 

@@ -49,7 +49,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, kernels: bool | None = No
         >>> rms_norm(torch.tensor([[3.0, -3.0]]), torch.ones(2), 0.0).tolist()
         [[1.0, -1.0]]
     """
-    launch = weight.dtype == x.dtype and takes_kernel("norm", x, kernels, rows=x.numel() // x.shape[-1])
+    launch = weight.dtype == x.dtype and takes_kernel(
+        "norm", x, kernels, rows=x.numel() // x.shape[-1], width=x.shape[-1]
+    )
     if launch:
         with torch.no_grad():
             y, rho = _norm(x.detach(), weight, eps)
