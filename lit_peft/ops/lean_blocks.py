@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
@@ -11,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lit_peft.ops.choice import takes_kernel
 from lit_peft.ops.gated import gated_linear, gated_product
 from lit_peft.ops.norm import norm_shrink, rms_norm, shrinks
 from lit_peft.ops.packed import Parts, Shrunk, packed_linear
@@ -74,9 +74,11 @@ class LeanBlock(Lean):
 
     def parts(self, x: Tensor) -> Parts | None:
         """Return the layers as one, or None where they are to be called one by one: x (..., in)."""
-        if not recording() or not pays(self.op, x):
+        if not recording():
             return None
-        return parts_of([getattr(self, name) for name in self.reads], x)
+        children = [getattr(self, name) for name in self.reads]
+        width = sum(getattr(child, "out_features", 0) for child in children)
+        return parts_of(children, x) if pays(self.op, x, width) else None
 
     def factors(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the A_i that are going to be multiplied by x, or by what is like x."""
@@ -98,7 +100,7 @@ class LeanMLP(LeanBlock):
     """down(silu(gate(x)) up(x))."""
 
     reads = ("gate_proj", "up_proj")
-    op = "packed_mlp"
+    op = "gated"
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the MLP's output: (..., width) -> (..., width)."""
@@ -120,7 +122,7 @@ class LeanAttention(LeanBlock):
     """
 
     reads = ("q_proj", "k_proj", "v_proj")
-    op = "packed_attention"
+    op = "packed"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model's own attention returns."""
@@ -133,7 +135,7 @@ class LeanAttention(LeanBlock):
             shared = _Shared(self)
             copy.__dict__.update({name: _Layer(shared, name) for name in self.reads})
             x = args[0] if args else kwargs.get("hidden_states")
-            if isinstance(x, Tensor) and takes_kernel("rotary", x, rows=x.numel() // max(1, x.shape[-1])):
+            if isinstance(x, Tensor) and (x.is_cuda or os.environ.get("LIT_PEFT_KERNELS") == "1"):
                 own = turning(own)
         return own(copy, *args, **kwargs)
 

@@ -31,18 +31,20 @@ def watched(module: nn.Module) -> bool:
     return "forward" in module.__dict__ or any(getattr(module, hook) for hook in HOOKS)
 
 
-def pays(op: str, x: Tensor) -> bool:
+def pays(op: str, x: Tensor, width: int) -> bool:
     """Return whether layers are computed as one: where that was measured to be faster, or LIT_PEFT_KERNELS=1 is set.
 
     Args:
         op: its name in `crossovers.json`, which names the CPU "cpu".
         x: the layers' input (..., in).
+        width: how wide their outputs are together.
     """
     if os.environ.get("LIT_PEFT_KERNELS") == "1":
         return True
     device = torch.cuda.get_device_name(x.device) if x.is_cuda else x.device.type
     least = measured().get(device, {}).get(op)
-    return least is not None and x.numel() // max(1, x.shape[-1]) >= least["rows"]
+    sizes = {"rows": x.numel() // max(1, x.shape[-1]), "width": width}
+    return least is not None and all(sizes[key] >= bound for key, bound in least.items())
 
 
 def parts_of(children: Sequence[Any], x: Tensor) -> Parts | None:

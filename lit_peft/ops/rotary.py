@@ -58,7 +58,8 @@ def rotate(
         [[[[0.0, 1.0]]]]
     """
     rows = q.numel() // max(1, q.shape[-1] * q.shape[1])
-    if not fits(q, k, cos, dim) or not takes_kernel("rotary", q, kernels, rows=rows):
+    width = (q.shape[1] + k.shape[1]) * q.shape[-1]
+    if not fits(q, k, cos, dim) or not takes_kernel("rotary", q, kernels, rows=rows, width=width):
         return reference(q, k, cos, sin, dim)
     turned: tuple[Tensor, Tensor] = _Rotary.apply(q, k, cos, sin)  # type: ignore[no-untyped-call]
     return turned

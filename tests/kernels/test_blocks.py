@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_peft import LoRAConfig
 from lit_peft.ops.lean import make_lean
 from tests.kernels.where import DEVICE
-from tests.ops.test_packed import adapted, results, same, tiny
+from tests.ops.test_packed import IDS, adapted, results, same, tiny
 
 # what only looks at memory in another way, or takes some without filling it
 FREE = {
@@ -70,3 +70,30 @@ def test_operations_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = counted(model.model.layers[1], x, turns)
     assert len(forward) <= 0.3 * len(plain[0])
     assert len(backward) <= 0.4 * len(plain[1])
+
+
+def test_no_more_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a token than with plain operations; a slice that were kept would keep all that it is a slice of."""
+    model = adapted(tiny()).float().to(DEVICE)
+    make_lean(model)
+    sizes = []
+    for kernels in ("1", "default"):
+        monkeypatch.setenv("LIT_PEFT_KERNELS", kernels)
+        results(model)
+        weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+        found: dict[int, int] = {}
+
+        def note(tensor: Tensor, weights: set[int] = weights, found: dict[int, int] = found) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                found[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        sizes.append(sum(found.values()))
+        del loss
+    stacks = (
+        2 * 4 * 32 * (3 + 2) * 2
+    )  # the factors A of five layers of rank 2 below each other, for no number of tokens
+    assert sizes[0] <= sizes[1] + stacks

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lit_peft import LoRAConfig, adapters, disabled, place, prefixed, routed
 from lit_peft.adapter import merge
 from lit_peft.low_rank.linear import LoRALinear
-from lit_peft.ops import lean_blocks
+from lit_peft.ops import lean_blocks, parts
 from lit_peft.ops.gated import gated_linear
 from lit_peft.ops.gated import reference as gated_reference
 from lit_peft.ops.lean import make_lean, make_plain
@@ -29,7 +29,7 @@ IDS = torch.arange(20).view(2, 10)
 @pytest.fixture
 def packing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Computes layers as one wherever they can be, with plain operations."""
-    monkeypatch.setattr(lean_blocks, "pays", lambda op, x: True)
+    monkeypatch.setattr(lean_blocks, "pays", lambda op, x, width: True)
 
 
 @pytest.fixture
@@ -374,3 +374,16 @@ def test_sharded_weights_are_left_to_their_sharding(used: list[str], tmp_path: P
     finally:
         torch.distributed.destroy_process_group()
     assert not used
+
+
+def test_it_is_on_where_it_was_measured_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(2, 3, 4)
+    monkeypatch.delenv("LIT_PEFT_KERNELS", raising=False)
+    assert not parts.pays("packed", x, 12)  # nowhere so far: on CPUs it gains nothing, on GPUs it was never measured
+    monkeypatch.setattr(parts, "measured", lambda: {"cpu": {"packed": {"rows": 6, "width": 12}}})
+    assert parts.pays("packed", x, 12)
+    assert not parts.pays("packed", x, 11)
+    assert not parts.pays("packed", x[:1], 12)
+    assert not parts.pays("gated", x, 12)
+    monkeypatch.setenv("LIT_PEFT_KERNELS", "1")
+    assert parts.pays("gated", x, 12)
