@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_peft import AdaLoRAConfig, LoRAConfig, make_lean, place
+from lit_peft.low_rank.dora import DoRALinear
 from lit_peft.low_rank.linear import LoRALinear
 from lit_peft.low_rank.singular import AdaLoRALinear
 from lit_peft.ops import low_rank
@@ -305,4 +306,22 @@ def test_weights_that_gpt2_stores_the_other_way_round() -> None:
     x = drawn(3, 32, dtype=torch.float32, seed=2)
     assert layer.joined("default", x) is not None
     for got, right in zip(gradients(layer, layer, x), gradients(exactly(layer), layer, x), strict=True):
+        agree(got, right, 1e-5)
+
+
+def test_dora_turns_the_decoded_weight() -> None:
+    """It is not joined: its layer is as on plain weights of the same numbers, in float64."""
+    config = LoRAConfig(r=2, use_dora=True)
+    layer = DoRALinear(NF4Linear(drawn(12, 64, dtype=torch.float32, seed=0).detach()), config)
+    plain = DoRALinear(nn.Linear(64, 12, bias=False).requires_grad_(False).double(), config)
+    with torch.no_grad():
+        plain.base.weight.copy_(weight_of(layer.base))  # type: ignore[arg-type, operator, union-attr]
+        plain.dora_square = None
+        for (_, mine), (_, theirs) in zip(layer.own_parameters(), plain.own_parameters(), strict=True):
+            theirs.copy_(mine.normal_(generator=torch.Generator().manual_seed(1)))
+    x = drawn(3, 64, dtype=torch.float32, seed=2)
+    assert layer.joined("default", x) is None
+    exact = x.detach().double().requires_grad_()
+    agree(layer(x), plain.double()(exact), 1e-5)
+    for got, right in zip(gradients(layer, layer, x), gradients(plain, plain, exact), strict=True):
         agree(got, right, 1e-5)
