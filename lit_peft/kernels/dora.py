@@ -123,7 +123,7 @@ def rows_of(width: int) -> int:
 
 def padded(r: int) -> int:
     """Return the number of rows that a product of rank r is computed with: tensor cores take 16 at least."""
-    return max(16, triton.next_power_of_2(r))
+    return max(16, int(triton.next_power_of_2(r)))
 
 
 def turn(out: Tensor, h: Tensor, b: Tensor, c: Tensor, bias: Tensor | None, scale: float) -> None:

@@ -67,6 +67,7 @@ def orthogonality(rows: Sequence[Tensor], columns: Sequence[Tensor] = (), *, ker
 class _Orthogonality(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tall: list[bool], launch: bool, *matrices: Tensor) -> Tensor:
+        kept: tuple[Tensor, ...]
         if launch:
             gaps, value = torch.ops.lit_peft.gram([matrix.contiguous() for matrix in matrices], tall)
             kept = (gaps,)

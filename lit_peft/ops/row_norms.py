@@ -8,6 +8,7 @@ with |W_i|^2 kept, the middle term from W A^T (out, r) and the last one from A A
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class Norms:
         self._found.clear()
         self._base.clear()
 
-    def check(self, held: list[Tensor]) -> bool:
+    def check(self, held: Sequence[Tensor]) -> bool:
         """Return whether a layer's frozen parameters are those of the last call; if not, forget all norms."""
         same = len(held) == len(self._base)
         same = same and all(_is_marked(*pair) for pair in zip(held, self._base, strict=True))

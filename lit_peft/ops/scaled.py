@@ -195,11 +195,13 @@ class _Outside(torch.autograd.Function):
         shape, launch = ctx.made
         g = gradient.reshape(-1, gradient.shape[-1])
         z = None if out is None else out.view(g.shape)
+        dx: Tensor | None = None
         if weight is None:  # nothing below is trained
-            dl = torch.zeros_like(factor) if z is None else sums(g, z)
-            return None, None, None, (dl / factor).to(factor.dtype), None
-        scaled, dl = scale_and_sum(g, z, factor, launch, own=False)
-        return (scaled @ weight).view(shape), None, None, None if dl is None else (dl / factor).to(factor.dtype), None
+            dl = None if z is None else sums(g, z)
+        else:
+            product, dl = scale_and_sum(g, z, factor, launch, own=False)
+            dx = (product @ weight).view(shape)
+        return dx, None, None, None if dl is None else (dl / factor).to(factor.dtype), None
 
 
 class _Inside(torch.autograd.Function):
