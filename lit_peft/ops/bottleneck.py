@@ -179,7 +179,9 @@ class _Bottleneck(torch.autograd.Function):
                 inner = _inner(z, act)
                 if gate is not None:
                     inner.mul_(gate)
-                widened = torch.cat([up.t(), up_bias[None]])
+                # copied as it lies on a CPU; elsewhere so that rows begin at multiples of 16 bytes
+                cpu = x.device.type == "cpu"
+                widened = torch.cat([up, up_bias[:, None]], 1).t() if cpu else torch.cat([up.t(), up_bias[None]])
                 if onto is not None and onto.dtype == inner.dtype:
                     out = torch.addmm(onto, inner.t(), widened, alpha=scale)
                 else:
@@ -232,8 +234,8 @@ class _Bottleneck(torch.autograd.Function):
         if needed[3]:
             ddb = dz.sum(1)
         if needed[4] or needed[5]:
-            both = (inner @ g).mul_(scale)
-            du, dub = both[:m].t(), both[m]
+            both = (g.t() @ inner.t()).mul_(scale)
+            du, dub = both[:, :m], both[:, m]
         dx = None if dx is None or not needed[1] else dx.view(shape).to(dtype)
         dy = gradient.to(other) if needed[0] else None
         return dy, dx, dd, ddb, du, dub, dgate if needed[6] else None, *[None] * 7

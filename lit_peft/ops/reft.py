@@ -96,8 +96,25 @@ def unshared(h: Tensor, held: int) -> bool:
         and h._base is None
         and not h._backward_hooks
         and not h.retains_grad
-        and sys.getrefcount(h) <= held + 2  # this function's own two
+        and _references(h) <= held + _OWN
     )
+
+
+def _references(h: object) -> int:
+    return sys.getrefcount(h)
+
+
+def _own() -> int:
+    """Return how many references two calls down count beyond those held here: it differs between Pythons."""
+
+    def between(h: object) -> int:
+        return _references(h)
+
+    held = object()
+    return between(held) - 1
+
+
+_OWN = _own()
 
 
 class _Edit(torch.autograd.Function):
@@ -178,8 +195,8 @@ def _(h: Tensor, rows: Tensor, matrix: Tensor, bias: Tensor | None, rotation: Te
 class Rotations:
     """The Q factors of some matrices (..., d, r), computed again only when a matrix has changed.
 
-    A matrix counts as unchanged when it is the same memory, of the same version, with the same numbers in it: some
-    optimizers (those of bitsandbytes), and sharding, write into parameters without a new version.
+    A matrix counts as unchanged when it is the same memory, of the same version, with the same numbers in it: what is
+    written through `.data` makes no new version.
 
     Example:
         >>> import torch
