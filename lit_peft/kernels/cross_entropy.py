@@ -16,7 +16,7 @@ from lit_peft.kernels.build import Build
 if TYPE_CHECKING:
     from torch import Tensor
 
-WIDEST = 8192  # logits that a program works on at once
+WIDEST = 2048
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def log_probabilities_backward_kernel(
 def sizes(width: int) -> dict[str, Any]:
     """Return how many logits a program works on at once, and with how many warps."""
     block = min(WIDEST, max(16, triton.next_power_of_2(width)))
-    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 256))}
 
 
 def cross_entropy(v: Tensor, targets: Tensor, factor: float, height: float, gain: float) -> Tensor:

@@ -132,7 +132,10 @@ def _sizes(width: int, p: int, itemsize: int, backward: bool) -> dict[str, int]:
     """Return the blocks: COLS as few as hold the prefix, ROWS as many as fit into registers beside them."""
     wide = max(16, triton.next_power_of_2(width))
     cols = min(64 if wide <= 128 and itemsize == 2 else 32, max(16, triton.next_power_of_2(p)))
-    tight = cols * wide * itemsize > 8192 if backward else wide > 128
+    if backward:
+        tight = cols * wide * itemsize > (8192 if itemsize == 2 else 4096)
+    else:
+        tight = wide > 128 or itemsize > 2
     return {"WIDTH": width, "WIDE": wide, "ROWS": 16 if tight else 32, "COLS": cols}
 
 

@@ -96,7 +96,8 @@ def blocks(r: int, itemsize: int, dropped: bool = False) -> dict[str, Any]:
     """Return the block sizes and warps for a rank, by the bytes of an entry; random numbers take registers."""
     if itemsize > 2:
         return {"BM": 32, "BK": 32, "num_warps": 4, "num_stages": 2}
-    return {"BM": 64, "BK": 128 if r <= 32 else 64, "num_warps": 8 if r > 64 or dropped else 4, "num_stages": 3}
+    deep = 128 if r <= 32 else 64 if r <= 64 else 32
+    return {"BM": 64, "BK": deep, "num_warps": 8 if r > 64 or dropped else 4, "num_stages": 3}
 
 
 def parts(rows: int, width: int, device: Any, block: dict[str, Any]) -> int:
