@@ -35,14 +35,14 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_models_give_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(tiny(kind, num_attention_heads=2, num_key_value_heads=1)).float().to(DEVICE)
-    make_lean(model)
-    found = []
+    model = adapted(tiny(kind, num_attention_heads=2, num_key_value_heads=1)).to(DEVICE)
+    monkeypatch.setenv("LIT_PEFT_KERNELS", "0")
+    exact = results(model)
+    make_lean(model.float())
     for kernels in ("0", "1"):
         monkeypatch.setenv("LIT_PEFT_KERNELS", kernels)
         results(model)  # a norm knows its reader from the second time on
-        found.append(results(model))
-    same(found[1], found[0], 2e-4)  # either is 3e-5 from float64: the updates here are as large as the weights
+        same(results(model), exact, 4e-4)  # as near as plain operations: the updates here are as large as the weights
 
 
 def counted(layer: nn.Module, x: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[list[str], list[str]]:
@@ -57,15 +57,19 @@ def counted(layer: nn.Module, x: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[
 
 
 def test_operations_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LoRA on all seven linear layers of a Llama layer, which plain operations compute in 62 + 98."""
+    """LoRA on all seven linear layers of a Llama layer, which plain operations compute in 62 + 98.
+
+    Two layers have a border, which is filled by two copies each, once for an optimizer step.
+    """
     model = adapted(tiny(), LoRAConfig(r=2)).float().to(DEVICE)
     make_lean(model)
     x = torch.randn(1, 4, 32, device=DEVICE, requires_grad=True)
     turns = model.model.rotary_emb(x, torch.arange(4, device=DEVICE)[None])
     monkeypatch.setenv("LIT_PEFT_KERNELS", "1")
     forward, backward = counted(model.model.layers[1], x, turns)
-    assert len(forward) <= 16, forward
-    assert len(backward) <= 34, backward
+    assert forward.count("aten::copy_") <= 4
+    assert len(forward) <= 14 + 4, forward
+    assert len(backward) <= 28, backward
     monkeypatch.setenv("LIT_PEFT_KERNELS", "0")
     plain = counted(model.model.layers[1], x, turns)
     assert len(forward) <= 0.3 * len(plain[0])
