@@ -24,7 +24,12 @@ CROSSOVERS = Path(__file__).parent / "crossovers.json"
 
 
 def kernels_run(device: torch.device) -> bool:
-    """Return whether Triton kernels can run there: on CUDA, or anywhere in Triton's interpreter (for tests)."""
+    """Return whether Triton kernels can run there: on the current CUDA device, or anywhere in Triton's interpreter.
+
+    Launches go to the current device, which is not the tensor's where one process spreads a model over several.
+    """
+    if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+        return False
     return (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and _installed()
 
 
@@ -54,7 +59,10 @@ def takes_kernel(op: str, x: Tensor, kernels: bool | None = None, **sizes: int) 
         return False
     if not kernels_run(x.device):
         if kernels:
-            raise RuntimeError(f"Triton kernels run on CUDA, and this tensor is on {x.device}. Leave out kernels=True.")
+            raise RuntimeError(
+                f"Triton kernels run on the current CUDA device, and this tensor is on {x.device}. Leave out "
+                "kernels=True, or call torch.cuda.set_device."
+            )
         return False
     if kernels or forced == "1":
         return True
