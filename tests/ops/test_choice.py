@@ -44,7 +44,10 @@ def test_what_was_not_measured_is_plain(gpu: Any, monkeypatch: pytest.MonkeyPatc
     assert not takes_kernel("norm", gpu, rows=2**20, width=2**12)
 
 
-@pytest.mark.parametrize(("forced", "asked", "taken"), [("0", None, False), ("1", None, True), ("0", True, True), ("1", False, False)])  # fmt: skip
+CHOICES = [("0", None, False), ("1", None, True), ("0", True, True), ("1", False, False)]
+
+
+@pytest.mark.parametrize(("forced", "asked", "taken"), CHOICES)
 def test_the_caller_beats_the_environment(
     gpu: Any, forced: str, asked: bool | None, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,7 +62,7 @@ def test_only_on_the_current_device(gpu: Any) -> None:
 
 def test_asked_for_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match="on cpu. Leave out kernels=True"):
+    with pytest.raises(RuntimeError, match="on cpu"):
         takes_kernel("norm", torch.ones(1), True, rows=1)
 
 
