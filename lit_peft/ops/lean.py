@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from lit_peft.ops import border
 from lit_peft.ops.lean_blocks import Lean, LeanBlock, LeanMLP, LeanNorm, stand_in
-from lit_peft.ops.parts import allow, watched
-from lit_peft.ops.recipes import eager
+from lit_peft.ops.parts import allow
+from lit_peft.ops.recipes import eager, watched
 
 __all__ = ["Lean", "LeanHead", "LeanMLP", "LeanNorm", "head_of", "make_lean", "make_plain", "scored"]
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lit_peft.ops.gated import gated_linear, gated_product
 from lit_peft.ops.norm import norm_shrink, rms_norm, shrinks
 from lit_peft.ops.packed import Parts, Shrunk, packed_linear
-from lit_peft.ops.parts import parts_of, pays, watched
-from lit_peft.ops.recipes import recipe_of, recording, signed
+from lit_peft.ops.parts import parts_of, pays
+from lit_peft.ops.recipes import recipe_of, recording, signed, watched
 from lit_peft.ops.rotary import turning
 
 

@@ -30,7 +30,7 @@ from lit_peft.ops import low_rank
 from lit_peft.ops.border import Border
 from lit_peft.ops.choice import takes_kernel
 from lit_peft.ops.low_rank import dropped, inner_gradients, narrow, outer, scaled
-from lit_peft.ops.recipes import as_dtype, autocasting, noted, recording
+from lit_peft.ops.recipes import as_dtype, autocasting, noted, recording, watched
 from lit_peft.ops.shrink import dyb_db, shrink, sizes, spread, takes
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -54,8 +54,7 @@ def joins(base: nn.Module, x: Tensor, *, casts: bool = False) -> TypeGuard[nn.Li
         and (bias is None or (type(bias) is nn.Parameter and not bias.requires_grad))
         and (x.dtype in FLOATS and weight.dtype in FLOATS if autocasting(x) else weight.dtype == x.dtype)
         and x.numel() > 0
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-        and "forward" not in base.__dict__
+        and not watched(base)
     )
 
 

@@ -27,7 +27,7 @@ from lit_peft.ops.choice import takes_kernel
 from lit_peft.ops.low_rank import dropped, inner_gradients
 from lit_peft.ops.nf4 import KNOWN, decode, decoded, scratch
 from lit_peft.ops.nf4_linear import Sizes
-from lit_peft.ops.recipes import as_written, autocasting, recipe_of, recording
+from lit_peft.ops.recipes import as_written, autocasting, recipe_of, recording, watched
 
 BORDER = 64  # the border is a multiple of it: rows begin at multiples of 128 bytes, which cuBLAS wants
 
@@ -55,8 +55,7 @@ def joins_nf4(base: nn.Module, x: Tensor) -> TypeGuard[NF4Layer]:
         type(packed) is nn.Parameter  # not one shard of many
         and (bias is None or (type(bias) is nn.Parameter and not bias.requires_grad))
         and x.numel() > 0
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-        and "forward" not in base.__dict__
+        and not watched(base)
     )
 
 

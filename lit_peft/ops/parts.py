@@ -22,13 +22,7 @@ from torch import Tensor, nn
 from lit_peft.ops.choice import measured
 from lit_peft.ops.lora_linear import joins
 from lit_peft.ops.packed import Pair, Parts
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def watched(module: nn.Module) -> bool:
-    """Return whether somebody has to see that a module is called: it has hooks, or a forward of its own."""
-    return "forward" in module.__dict__ or any(getattr(module, hook) for hook in HOOKS)
+from lit_peft.ops.recipes import watched
 
 
 def pays(op: str, x: Tensor, width: int) -> bool:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(eq=False)
@@ -113,6 +113,12 @@ def eager() -> bool:
 def recording() -> bool:
     """Return whether the ops are to be used and gradients are recorded here."""
     return eager() and torch.is_grad_enabled()
+
+
+def watched(module: nn.Module) -> bool:
+    """Return whether somebody has to see that a module is called: it has hooks, or a forward of its own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def as_written(x: Tensor) -> AbstractContextManager[Any]:
