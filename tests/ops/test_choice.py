@@ -26,6 +26,7 @@ class OnGPU:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("LIT_PEFT_KERNELS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(choice, "measured", lambda: {"a GPU": {"norm": {"rows": 512, "width": 64}}})
