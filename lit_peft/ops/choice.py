@@ -28,7 +28,8 @@ def kernels_run(device: torch.device) -> bool:
 
     Launches go to the current device, which is not the tensor's where one process spreads a model over several.
     """
-    real = device.type == "cuda" and torch.cuda.is_initialized()  # fake tensors say a device that may not be there
+    # a fake tensor may name a device that is not there
+    real = device.type == "cuda" and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     if real and device.index not in (None, torch.cuda.current_device()):
         return False
     return (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and _installed()
