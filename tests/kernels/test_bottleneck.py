@@ -1,23 +1,17 @@
 """The bottleneck adapter's kernels against float64, gradients included, and a model that runs on them."""
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lit_peft.kernels import bottleneck as bottleneck_kernels
 from lit_peft.methods.compacter import kronecker, matrix
 from lit_peft.ops.bottleneck import bottleneck, reference
-from lit_peft.zoo import compose
 from tests.kernels.where import DEVICE
-from tests.models import save_tiny
 from tests.ops.exact import TOLERANCE, agree, drawn
 from tests.ops.test_bottleneck import both
-from tests.test_methods import batch, gradients, shake
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(5, 70, 1), (1, 33, 7), (70, 40, 8), (3, 96, 16), (9, 40, 64)]  # rows, width, bottleneck
@@ -119,32 +113,3 @@ def test_compacters_matrices(n: int) -> None:
         [rule, s, t],
         1e-12,
     )
-
-
-@pytest.mark.parametrize("method", ["houlsby", "unipelt", "compacter"])
-def test_a_model_on_kernels(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and gradients are those of plain operations."""
-    keyword = "compacter" if method == "compacter" else "bottleneck"
-    sizes = {"phm_dim": 2, "reduction_factor": 8} if method == "compacter" else {"bottleneck_size": 4}
-    module: Any = compose(method, "sft")(str(save_tiny("llama", tmp_path / "m")), **{keyword: sizes})
-    module.configure_model()
-    shake(module)
-    rows = batch("sft", rows=2)
-    found, launches = {}, 0
-    launch = bottleneck_kernels.bottleneck
-
-    def counted(*args: Any) -> Any:
-        nonlocal launches
-        launches += 1
-        return launch(*args)
-
-    monkeypatch.setattr(bottleneck_kernels, "bottleneck", counted)
-    for kernels in ("0", "1"):
-        monkeypatch.setenv("LIT_PEFT_KERNELS", kernels)
-        loss = module.training_step(rows, 0)
-        found[kernels] = {"loss": loss.detach(), **gradients(module, rows)}
-    assert launches > 0
-    assert found["0"].keys() == found["1"].keys()
-    assert any(keyword in name for name in found["1"])
-    for name, wanted in found["0"].items():
-        agree(found["1"][name], wanted, 1e-4)

@@ -1,23 +1,16 @@
 """MoRA's kernels against float64, gradients included, and a model that runs on them."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lit_peft.kernels import mora as mora_kernels
 from lit_peft.low_rank import square
 from lit_peft.ops.mora import square_linear, square_update
-from lit_peft.zoo import compose
 from tests.kernels.where import DEVICE
-from tests.models import save_tiny
 from tests.ops.exact import TOLERANCE, agree, drawn
 from tests.ops.test_bottleneck import both
 from tests.ops.test_mora import SIZES
-from tests.test_methods import batch, gradients, shake
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -97,32 +90,3 @@ def test_registered() -> None:
     )
     torch.library.opcheck(torch.ops.lit_peft.mora, (tall, wide, m, turn), test_utils=checks)
     torch.library.opcheck(torch.ops.lit_peft.mora_backward, (wide, tall, m, turn), test_utils=checks)
-
-
-@pytest.mark.parametrize("method", ["mora", "remora"])
-def test_a_model_on_kernels(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and gradients are those of plain operations."""
-    settings: dict[str, Any] = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
-    settings |= {"cycle": [6]} if method == "remora" else {}
-    module: Any = compose(method, "sft")(str(save_tiny("llama", tmp_path / "m")), mora=settings)
-    module.configure_model()
-    shake(module)
-    rows = batch("sft", rows=2)
-    found, launches = {}, 0
-    launch = mora_kernels.mora
-
-    def counted(*args: Any) -> Any:
-        nonlocal launches
-        launches += 1
-        return launch(*args)
-
-    monkeypatch.setattr(mora_kernels, "mora", counted)
-    for kernels in ("0", "1"):
-        monkeypatch.setenv("LIT_PEFT_KERNELS", kernels)
-        loss = module.training_step(rows, 0)
-        found[kernels] = {"loss": loss.detach(), **gradients(module, rows)}
-    assert launches > 0
-    assert found["0"].keys() == found["1"].keys()
-    assert any("mora_m" in name for name in found["1"])
-    for name, wanted in found["0"].items():
-        agree(found["1"][name], wanted, 1e-4)

@@ -1,22 +1,15 @@
 """The kernel that edits chosen rows against float64, gradients included, and a model that runs on it."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lit_peft.kernels import reft as reft_kernels
 from lit_peft.ops.reft import edit_rows
-from lit_peft.zoo import compose
 from tests.kernels.where import DEVICE
-from tests.models import save_tiny
-from tests.ops.exact import TOLERANCE, agree, drawn
+from tests.ops.exact import TOLERANCE, drawn
 from tests.ops.test_bottleneck import both
 from tests.ops.test_reft import exact, rows_of
-from tests.test_methods import batch, gradients, shake
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(5, 7, 3, 1), (1, 33, 1, 7), (30, 150, 20, 8), (17, 40, 4, 16), (6, 70, 2, 64)]  # tokens, width, edited, r
@@ -80,31 +73,3 @@ def test_registered() -> None:
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for b in (bias, None):
         torch.library.opcheck(torch.ops.lit_peft.edit_rows, (h, rows, matrix, b, rotation), test_utils=checks)
-
-
-@pytest.mark.parametrize("method", ["loreft", "direft"])
-def test_a_model_on_kernels(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and gradients are those of plain operations."""
-    settings = {"r": 2, "first": 2, "last": 2, "tied": False}
-    module: Any = compose(method, "sft")(str(save_tiny("llama", tmp_path / "m")), reft=settings)
-    module.configure_model()
-    shake(module)
-    rows = batch("sft", rows=2)
-    found, launches = {}, 0
-    launch = reft_kernels.edit
-
-    def counted(*args: Any) -> Any:
-        nonlocal launches
-        launches += 1
-        return launch(*args)
-
-    monkeypatch.setattr(reft_kernels, "edit", counted)
-    for kernels in ("0", "1"):
-        monkeypatch.setenv("LIT_PEFT_KERNELS", kernels)
-        loss = module.training_step(rows, 0)
-        found[kernels] = {"loss": loss.detach(), **gradients(module, rows)}
-    assert launches > 0
-    assert found["0"].keys() == found["1"].keys()
-    assert any("reft_rotation" in name for name in found["1"])
-    for name, wanted in found["0"].items():
-        agree(found["1"][name], wanted, 1e-4)
