@@ -84,7 +84,7 @@ class Arm:
 
     def __post_init__(self) -> None:
         self.model.train()
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE) if self.parameters else None
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, fused=True) if self.parameters else None
 
     def step(self, ids: Tensor) -> None:
         """Train on one batch."""

@@ -1,8 +1,9 @@
-"""A model's own modules, keeping less for the backward pass: gated MLPs, RMS norms, the output layer; and attention.
+"""A model's own modules, keeping less for the backward pass: gated MLPs, RMS norms, the output layer; whole layers.
 
     MLP:   e = x We^T,  g = x Wg^T,  h = act(e) g,  y = h Wd^T          keeps e and g, not act(e), and h is made again
     q,k,v: three layers of one input, see `packed`                      one product where that was measured to pay
     norm:  w x / sqrt(mean(x^2) + eps), see `norm`                      keeps x and a number a row, and is made again
+    layer: norms, products and sums around the attention, see `layer`   two functions, with nothing between them
     head:  the loss is computed from the hidden states, see `cross_entropy`
 
 `make_lean` puts these in the place of a model's own modules, after all methods have placed. The children, their names
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from lit_peft.ops import border
 from lit_peft.ops.lean_blocks import Lean, LeanBlock, LeanMLP, LeanNorm, stand_in
+from lit_peft.ops.lean_layer import LeanLayer, become_lean, become_plain
 from lit_peft.ops.parts import allow
 from lit_peft.ops.recipes import eager, watched
 
@@ -110,7 +112,7 @@ def scored(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, LeanHea
 
 
 def make_lean(model: nn.Module) -> int:
-    """Let a model's gated MLPs, RMS norms, output layer and attention be computed leanly; values stay what they are.
+    """Let a model's layers, and what they are made of, and its output layer be computed leanly; values stay the same.
 
     Only modules whose own `forward` says what is written above are replaced, told by their code; those with hooks, and
     MLPs with another activation than SiLU, are left alone. `make_plain` undoes it.
@@ -122,7 +124,7 @@ def make_lean(model: nn.Module) -> int:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> shape = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, vocab_size=8)
         >>> make_lean(LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **shape)))
-        10
+        12
     """
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
@@ -135,8 +137,10 @@ def make_lean(model: nn.Module) -> int:
                 if isinstance(stand, LeanBlock):
                     allow([getattr(stand, name) for name in stand.reads])
             _put(model, path, made[module])
+    for module in model.modules():
+        become_lean(module)
     border.allow(model)
-    return sum(isinstance(module, Lean) for module in model.modules())
+    return sum(isinstance(module, Lean | LeanLayer) for module in model.modules())
 
 
 def make_plain(model: nn.Module) -> None:
@@ -146,6 +150,7 @@ def make_plain(model: nn.Module) -> None:
             own = ("plain", "opened_by", "given", "mark", "refused", "known", "reader")
             module.plain.__dict__.update({key: value for key, value in module.__dict__.items() if key not in own})
             _put(model, path, module.plain)
+        become_plain(module)
     border.undo(model)
 
 

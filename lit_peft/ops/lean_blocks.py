@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any, ClassVar
@@ -74,11 +74,15 @@ class LeanBlock(Lean):
 
     def parts(self, x: Tensor) -> Parts | None:
         """Return the layers as one, or None where they are to be called one by one: x (..., in)."""
-        if not recording():
-            return None
-        children = [getattr(self, name) for name in self.reads]
-        width = sum(getattr(child, "out_features", 0) for child in children)
-        return parts_of(children, x) if pays(self.op, x, width) else None
+        return parts_of(self.children_read(), x) if recording() and self.pays(x) else None
+
+    def children_read(self) -> list[Any]:
+        """Return the modules that read the block's input."""
+        return [getattr(self, name) for name in self.reads]
+
+    def pays(self, x: Tensor) -> bool:
+        """Return whether they are to be computed as one for this input (..., in)."""
+        return pays(self.op, x, sum(getattr(child, "out_features", 0) for child in self.children_read()))
 
     def factors(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the A_i that are going to be multiplied by x, or by what is like x."""
@@ -126,18 +130,28 @@ class LeanAttention(LeanBlock):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model's own attention returns."""
+        if not recording():
+            return self.answered({}, args, kwargs)
+        shared = _Shared(self)
+        x = args[0] if args else kwargs.get("hidden_states")
+        turns = isinstance(x, Tensor) and (x.is_cuda or os.environ.get("LIT_PEFT_KERNELS") == "1")
+        return self.answered({name: _Layer(shared, name) for name in self.reads}, args, kwargs, turns=turns)
+
+    def answered(self, layers: Mapping[str, Any], args: Any, kwargs: Any, *, turns: bool = False) -> Any:
+        """Return what the model's own attention returns with others in the place of some of its layers.
+
+        Args:
+            layers: what is called instead, by name.
+            args: what the attention is called with.
+            kwargs: the same by name.
+            turns: whether queries and keys are turned by `rotate`.
+        """
         own = type(self.plain).forward
         # others find what they have noted in its __dict__, and its class, as on the model's own module
         copy = object.__new__(type(self.plain))
         state = {key: value for key, value in self.__dict__.items() if key != "plain"}
-        copy.__dict__.update({**self.plain.__dict__, **state})
-        if recording():
-            shared = _Shared(self)
-            copy.__dict__.update({name: _Layer(shared, name) for name in self.reads})
-            x = args[0] if args else kwargs.get("hidden_states")
-            if isinstance(x, Tensor) and (x.is_cuda or os.environ.get("LIT_PEFT_KERNELS") == "1"):
-                own = turning(own)
-        return own(copy, *args, **kwargs)
+        copy.__dict__.update({**self.plain.__dict__, **state, **layers})
+        return (turning(own) if turns else own)(copy, *args, **kwargs)
 
 
 class _Shared:
@@ -191,7 +205,7 @@ def _rms_norm(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.weight * x.to(kept)  # type: ignore[no-any-return]
 
 
-def _says(code: CodeType) -> tuple[Any, ...]:
+def says(code: CodeType) -> tuple[Any, ...]:
     """Return what a function does, without the names of its variables."""
     return code.co_code, code.co_names, code.co_consts[1:], code.co_argcount
 
@@ -216,9 +230,9 @@ def stand_in(module: nn.Module) -> type[Lean] | None:
     code = getattr(forward, "__code__", None)
     if code is None or watched(module) or isinstance(module, Lean):
         return None
-    if _says(code) == _says(_rms_norm.__code__):
+    if says(code) == says(_rms_norm.__code__):
         return LeanNorm
-    if _says(code) == _says(_gated_mlp.__code__):
+    if says(code) == says(_gated_mlp.__code__):
         return LeanMLP if is_silu(getattr(module, "act_fn", None)) else None
     layers = all(isinstance(module._modules.get(name), nn.Module) for name in LeanAttention.reads)
     return LeanAttention if layers and _rotates(code) else None

@@ -48,7 +48,7 @@ def parts_of(children: Sequence[Any], x: Tensor) -> Parts | None:
         children: what a block calls on x, one after the other.
         x: their input (..., in).
     """
-    found = [_layer(child, x) for child in children]
+    found = [layer_of(child, x) for child in children]
     layers = [layer for layer, _ in found if layer is not None]
     if len(layers) < len(found):
         return None
@@ -59,7 +59,8 @@ def parts_of(children: Sequence[Any], x: Tensor) -> Parts | None:
     return Parts(_whole(weights), bias, tuple(map(len, weights)), tuple(pair for _, pair in found))
 
 
-def _layer(child: Any, x: Tensor) -> tuple[nn.Linear | None, Pair | None]:
+def layer_of(child: Any, x: Tensor) -> tuple[nn.Linear | None, Pair | None]:
+    """Return the frozen linear layer that a block calls on x, and its update; None: none, or not known."""
     # asked of the class: an adapter hands what it lacks to its base, which would answer for itself alone
     ask = getattr(type(child), "low_rank", None)
     if ask is None:

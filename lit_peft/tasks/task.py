@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, get_scheduler
@@ -186,6 +187,13 @@ class Task(AdaptableModule):
         decay = self.weight_decay if weight_decay is None else weight_decay
         return super().parameter_groups(self.lr if lr is None else lr, decay)
 
+    def _fuses(self) -> bool:
+        """Return whether all weights can step in one call: Lightning clips no gradients for that in mixed precision."""
+        given = self.trainer.gradient_clip_val
+        clips = bool(self.max_grad_norm if given is None else given)
+        mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
+        return self.device.type in ("cuda", "cpu") and not (clips and mixed)
+
     def configure_optimizers(self) -> Any:
         """Build the optimizer over `parameter_groups`, with warm-up and schedule per optimizer step."""
         groups = self.parameter_groups()
@@ -195,7 +203,7 @@ class Task(AdaptableModule):
         if optim is None:  # bitsandbytes' optimizers need a GPU and whole parameters; no complaint where none was asked
             optim = self.preferred_optim() if self.device.type == "cuda" and not sharded else "adamw"  # type: ignore[assignment]
         if optim == "adamw":
-            optimizer = torch.optim.AdamW(groups, fused=self.device.type == "cuda" and not sharded)
+            optimizer = torch.optim.AdamW(groups, fused=not sharded and self._fuses())
         else:
             if self.device.type != "cuda":
                 raise ValueError(f"optim {optim!r} needs a CUDA device; this is {self.device.type}. Use optim=adamw.")

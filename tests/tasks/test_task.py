@@ -125,3 +125,16 @@ def test_clips_to_one_unless_the_trainer_says_otherwise(folder: Path, tmp_path: 
         )
         norms.append(float(torch.stack([g.norm() for g in recorder.found.values()]).norm()))
     assert norms == [pytest.approx(1.0, rel=1e-3), pytest.approx(1e-3, rel=1e-3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "fused"),
+    [({}, True), ({"precision": "bf16-mixed"}, False), ({"precision": "bf16-mixed", "gradient_clip_val": 0.0}, True)],
+    ids=str,
+)
+def test_all_weights_step_in_one_call(options: dict[str, Any], fused: bool, folder: Path, tmp_path: Path) -> None:
+    """But not where Lightning would refuse to clip for it: mixed precision, with the clipping that is the default."""
+    module, trainer = make(folder), quick_trainer(tmp_path, **options)
+    trainer.fit(module, DataLoader([batch("sft")], batch_size=None))  # type: ignore[arg-type]
+    assert trainer.optimizers[0].defaults["fused"] is fused
+    assert trainer.global_step == 1
