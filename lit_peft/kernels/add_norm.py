@@ -152,11 +152,19 @@ def _padded(r: int) -> int:
     return padded
 
 
-def _blocks(rows: int, pad: int, itemsize: int) -> dict[str, int]:
-    """Return the sizes of a pass over whole rows: few rows in smaller blocks, or most of a GPU would do nothing."""
-    if itemsize > 2:
-        return {"BLOCK_M": 16, "BLOCK_K": 64, "num_warps": 8 if pad > 32 else 4}
-    return {"BLOCK_M": 32 if rows > 4096 else 16, "BLOCK_K": 128 if pad <= 32 else 64, "num_warps": 4}
+def _height(rows: int, itemsize: int) -> int:
+    """Return how many rows a program takes: with few rows fewer, or most of a GPU would do nothing."""
+    return 32 if rows > 4096 and itemsize == 2 else 16
+
+
+def _forward(rows: int, pad: int, itemsize: int) -> dict[str, int]:
+    small = pad <= 32 and itemsize == 2  # larger blocks spill
+    columns, warps = (64, 4) if small else (32, 8)
+    return {"BLOCK_M": _height(rows, itemsize), "BLOCK_K": columns, "num_warps": warps, "num_stages": 2}
+
+
+def _backward(rows: int, itemsize: int) -> dict[str, int]:
+    return {"BLOCK_M": _height(rows, itemsize), "BLOCK_K": 256 // itemsize, "num_warps": 8, "num_stages": 3}
 
 
 def _tiles(itemsize: int) -> dict[str, int]:
@@ -204,7 +212,7 @@ def add_norm_shrink(
     low, stack, absent = x.new_empty((sum(ranks), rows)), x.new_empty((sum(ranks), width)), 3 - len(ranks)
     r0, r1, r2 = [*ranks, *[0] * absent]
     pad, pad_a = _padded(r), _padded(sum(ranks))
-    blocks = _blocks(rows, max(pad, pad_a), x.element_size())
+    blocks = _forward(rows, max(pad, pad_a), x.element_size())
     add_norm_shrink_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]),)](
         x, y, x if h is None else h, x if b is None else b, weight, *factors, *[x] * absent,
         total, out, rho, low, stack, rows, width, scale, eps,
@@ -239,7 +247,7 @@ def norm_back(
 
     (rows, width), r = x.shape, 0 if p is None else len(p)
     dx, out = torch.empty_like(x), x.new_empty(x.shape if again else (0,))
-    blocks = _blocks(rows, _padded(r), x.element_size())
+    blocks = _backward(rows, x.element_size())
     norm_back_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]),)](
         g, x if p is None else p, x if a is None else a, x if residual is None else residual, x, weight, rho, dx, out,
         rows, width, R=r, PAD=_padded(r), RESIDUAL=residual is not None, AGAIN=again, **blocks,
@@ -247,36 +255,27 @@ def norm_back(
     return dx, out
 
 
-def _build(name: str, kernel: Any, arguments: dict[str, Any], blocks: dict[str, int], products: bool) -> Build:
-    sizes = {key: value for key, value in blocks.items() if key != "num_warps"}
-    return Build(name, kernel, {**arguments, **sizes}, {"num_warps": blocks["num_warps"]}, products)
+def _build(kind: str, r: int, dtype: Any) -> Build:
+    itemsize, pad = 2 if dtype == tl.bfloat16 else 4, _padded(r)
+    arguments: dict[str, Any] = {"rows": 8192, "width": 4096, "R": r, "PAD": pad, "b_ptr": tl.float32, "scale": 2.0}
+    arguments |= dict.fromkeys(("x_ptr", "y_ptr", "h_ptr", "out_ptr"), dtype)
+    if kind == "add and expand":
+        kernel, blocks = add_expand_kernel, _tiles(itemsize)
+    elif kind == "add, norm and shrink":
+        kernel, blocks = add_norm_shrink_kernel, _forward(8192, pad, itemsize)
+        arguments |= dict.fromkeys(("a0_ptr", "a1_ptr", "a2_ptr", "rho_ptr"), tl.float32)
+        arguments |= dict.fromkeys(("w_ptr", "total_ptr", "low_ptr", "stack_ptr"), dtype)
+        arguments |= {"R0": r // 2, "R1": r // 4, "R2": r // 4, "PAD_A": pad, "eps": 1e-6}
+    else:
+        kernel, blocks = norm_back_kernel, _backward(8192, itemsize)
+        names = ("x_ptr", "g_ptr", "p_ptr", "a_ptr", "residual_ptr", "w_ptr", "dx_ptr", "out_ptr")
+        arguments = dict.fromkeys(names, dtype) | {"rho_ptr": tl.float32, "RESIDUAL": True, "AGAIN": True}
+        arguments |= {"rows": 8192, "width": 4096, "R": r, "PAD": pad}
+    options = {key: blocks.pop(key) for key in ("num_warps", "num_stages") if key in blocks}
+    label = "bf16" if itemsize == 2 else "fp32"
+    return Build(f"{kind}, {label}, r {r}", kernel, arguments | blocks, options, products=itemsize == 2)
 
 
-def _builds() -> list[Build]:
-    made = []
-    for label, dtype, size, r in (
-        ("bf16", tl.bfloat16, 2, 16),
-        ("bf16", tl.bfloat16, 2, 64),
-        ("fp32", tl.float32, 4, 16),
-    ):
-        said, pad, products = f"{label}, r {r}", _padded(r), size == 2
-        common: dict[str, Any] = {"rows": 8192, "width": 4096, "R": r, "PAD": pad}
-        ends = dict.fromkeys(("x_ptr", "y_ptr", "h_ptr", "out_ptr"), dtype) | {"b_ptr": tl.float32, "scale": 2.0}
-        made.append(_build(f"add and expand, {said}", add_expand_kernel, ends | common, _tiles(size), products))
-        low = dict.fromkeys(("a0_ptr", "a1_ptr", "a2_ptr", "rho_ptr"), tl.float32)
-        low |= dict.fromkeys(("w_ptr", "total_ptr", "low_ptr", "stack_ptr"), dtype)
-        ranks = {"R0": r // 2, "R1": r // 4, "R2": r // 4, "PAD_A": pad, "eps": 1e-6}
-        blocks = _blocks(8192, pad, size)
-        made.append(
-            _build(
-                f"add, norm and shrink, {said}", add_norm_shrink_kernel, ends | common | low | ranks, blocks, products
-            )
-        )
-        names = ("g_ptr", "p_ptr", "a_ptr", "residual_ptr", "x_ptr", "w_ptr", "dx_ptr", "out_ptr")
-        back = dict.fromkeys(names, dtype) | {"rho_ptr": tl.float32, "RESIDUAL": True, "AGAIN": True}
-        if (label, r) != ("bf16", 16):
-            made.append(_build(f"norm back, {said}", norm_back_kernel, back | common, blocks, products))
-    return made
-
-
-BUILDS = _builds()
+KINDS = "add and expand", "add, norm and shrink", "norm back"
+BUILDS = [_build(kind, r, tl.bfloat16) for kind in KINDS for r in (16, 64)]
+BUILDS += [_build(kind, 16, tl.float32) for kind in KINDS[1:]]
