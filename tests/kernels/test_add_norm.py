@@ -36,6 +36,12 @@ def same(got: Any, wanted: Any, tolerance: float) -> None:
         agree(one, other, tolerance)
 
 
+def rounded_alike(out: Tensor, x: Tensor, weight: Tensor, rho: Tensor) -> None:
+    """Asserts that a norm's output is rounded as the models round it, twice."""
+    if x.dtype != torch.float32:
+        assert (out == weight * (x.float() * rho[:, None]).to(x.dtype)).double().mean() > 0.98
+
+
 def sums(rows: int, width: int, r: int | None, dtype: torch.dtype) -> None:
     x, y = (some(rows, width, dtype=dtype, seed=seed) for seed in (0, 1))
     arguments = (x, y, *update(r, rows, width, dtype), 0.5)
@@ -56,6 +62,8 @@ def norms(rows: int, width: int, r: int | None, ranks: tuple[int, ...], dtype: t
     exact = add_norm_shrink(*doubled(got[0], 0 * y, None, None, *start[4:]), doubled(*got[4].split(list(ranks))))
     assert got[0].double().equal(exact[0])
     same(got[1:4], exact[1:4], TOLERANCE[dtype] / 3)
+    agree(got[2], exact[2], 1e-6)
+    rounded_alike(got[1], got[0], start[5], got[2])
 
 
 def backward(rows: int, width: int, r: int | None, dtype: torch.dtype, residual: bool, again: bool) -> None:
@@ -67,6 +75,8 @@ def backward(rows: int, width: int, r: int | None, dtype: torch.dtype, residual:
     got = norm_back(*arguments, kernels=True)
     assert {part.dtype for part in got} == {dtype}
     same(got, norm_back(*doubled(*arguments)), TOLERANCE[dtype])
+    if again:
+        rounded_alike(got[1], x, arguments[5], rho)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
