@@ -271,9 +271,10 @@ def _build(kind: str, r: int, dtype: Any) -> Build:
         names = ("x_ptr", "g_ptr", "p_ptr", "a_ptr", "residual_ptr", "w_ptr", "dx_ptr", "out_ptr")
         arguments = dict.fromkeys(names, dtype) | {"rho_ptr": tl.float32, "RESIDUAL": True, "AGAIN": True}
         arguments |= {"rows": 8192, "width": 4096, "R": r, "PAD": pad}
-    options = {key: blocks.pop(key) for key in ("num_warps", "num_stages") if key in blocks}
+    options = {key: value for key, value in blocks.items() if key.startswith("num_")}
+    sizes = {key: value for key, value in blocks.items() if key not in options}
     label = "bf16" if itemsize == 2 else "fp32"
-    return Build(f"{kind}, {label}, r {r}", kernel, arguments | blocks, options, products=itemsize == 2)
+    return Build(f"{kind}, {label}, r {r}", kernel, arguments | sizes, options, products=itemsize == 2)
 
 
 KINDS = "add and expand", "add, norm and shrink", "norm back"

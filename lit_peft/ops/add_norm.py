@@ -6,7 +6,8 @@
     norm_back:          dx = rho (t w - u mean(t w u)) + residual,   t = g + P^T A   the gradient at the norm's output
 
 All work on rows: x, y, g and the results (rows, width), H and P (r, rows), A (r, width), B (width, r). Means are over a
-row and in float32; u is rounded to x's dtype before it is multiplied by w, as the models' own code does.
+row and in float32; u is rounded to x's dtype before it is multiplied by w, as the models' own code does. A program has
+whole rows: no sums by atomics, and the same numbers every time.
 """
 
 from __future__ import annotations
@@ -197,8 +198,8 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+def _solid(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 # As registered operations the launches have shapes without data: fake tensors, the memory count and compilers see them.
@@ -206,7 +207,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 def _add_expand(x: Tensor, y: Tensor, h: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
     from lit_peft.kernels.add_norm import add_expand
 
-    return add_expand(x.contiguous(), y.contiguous(), *_contiguous(h, b), scale)
+    return add_expand(x.contiguous(), y.contiguous(), _solid(h), _solid(b), scale)
 
 
 @_add_expand.register_fake
@@ -227,9 +228,9 @@ def _add_norm_shrink(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from lit_peft.kernels.add_norm import add_norm_shrink
 
-    update = (*_contiguous(h, b), scale)
-    stacked = [factor.contiguous() for factor in factors]
-    return add_norm_shrink(x.contiguous(), y.contiguous(), *update, weight.contiguous(), eps, stacked)
+    update = _solid(h), _solid(b), scale
+    parts = [factor.contiguous() for factor in factors]
+    return add_norm_shrink(x.contiguous(), y.contiguous(), *update, weight.contiguous(), eps, parts)
 
 
 @_add_norm_shrink.register_fake
@@ -261,8 +262,8 @@ def _norm_back(
 ) -> tuple[Tensor, Tensor]:
     from lit_peft.kernels.add_norm import norm_back
 
-    update = _contiguous(p, a, residual)
-    return norm_back(g.contiguous(), *update, x.contiguous(), weight.contiguous(), rho.contiguous(), again)
+    kept = x.contiguous(), weight.contiguous(), rho.contiguous()
+    return norm_back(g.contiguous(), _solid(p), _solid(a), _solid(residual), *kept, again)
 
 
 @_norm_back.register_fake
