@@ -49,6 +49,26 @@ def norm_backward_kernel(g_ptr, x_ptr, w_ptr, rho_ptr, dx_ptr, width, BLOCK: tl.
 
 
 @triton.jit
+def stacked(
+    a0_ptr, a1_ptr, a2_ptr, stack_ptr, at, r, width, first, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
+):  # fmt: skip
+    """Some columns of A (R, width), turned (BLOCK_K, PAD): A_i (R_i, width) rounded as `stack`, put in if `first`."""
+    here = r * width + at[:, None]
+    reach = (at < width)[:, None]
+    a = tl.load(a0_ptr + here, mask=reach & (r < R0), other=0.0).to(tl.float32)
+    if R1 > 0:
+        inner = reach & (r >= R0) & (r < R0 + R1)
+        a += tl.load(a1_ptr + here - R0 * width, mask=inner, other=0.0).to(tl.float32)
+    if R2 > 0:
+        inner = reach & (r >= R0 + R1) & (r < R0 + R1 + R2)
+        a += tl.load(a2_ptr + here - (R0 + R1) * width, mask=inner, other=0.0).to(tl.float32)
+    rounded = a.to(stack_ptr.dtype.element_ty)
+    if first:
+        tl.store(stack_ptr + here, rounded, mask=reach & (r < R0 + R1 + R2))
+    return rounded
+
+
+@triton.jit
 def norm_shrink_kernel(
     x_ptr, w_ptr, a0_ptr, a1_ptr, a2_ptr, y_ptr, rho_ptr, h_ptr, stack_ptr, rows, width, eps,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
@@ -67,20 +87,9 @@ def norm_shrink_kernel(
         inside = (row < rows)[:, None] & (at < width)[None, :]
         x = tl.load(x_ptr + row[:, None] * width + at[None, :], mask=inside, other=0.0).to(tl.float32)
         w = tl.load(w_ptr + at, mask=at < width, other=0.0).to(tl.float32)
-        here = r * width + at[:, None]
-        reach = (at < width)[:, None]
-        a = tl.load(a0_ptr + here, mask=reach & (r < R0), other=0.0).to(tl.float32)
-        if R1 > 0:
-            inner = reach & (r >= R0) & (r < R0 + R1)
-            a += tl.load(a1_ptr + here - R0 * width, mask=inner, other=0.0).to(tl.float32)
-        if R2 > 0:
-            inner = reach & (r >= R0 + R1) & (r < R)
-            a += tl.load(a2_ptr + here - (R0 + R1) * width, mask=inner, other=0.0).to(tl.float32)
-        rounded = a.to(stack_ptr.dtype.element_ty)
-        if first:
-            tl.store(stack_ptr + here, rounded, mask=reach & (r < R))
+        a = stacked(a0_ptr, a1_ptr, a2_ptr, stack_ptr, at, r, width, first, R0, R1, R2)
         squares += tl.sum(x * x, 1)
-        h += tl.dot((x * w[None, :]).to(rounded.dtype), rounded, input_precision="ieee")
+        h += tl.dot((x * w[None, :]).to(a.dtype), a, input_precision="ieee")
     rho = 1 / tl.sqrt(squares / width + eps)
     tl.store(rho_ptr + row, rho, mask=row < rows)
     h = (h * rho[:, None]).to(h_ptr.dtype.element_ty)
