@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def across(h_ptr, row, rows, R: tl.constexpr, PAD: tl.constexpr):
-    """Some rows (BLOCK_M, PAD) of H^T: H (R, rows)."""
+def across(h_ptr, row, rows, R: tl.constexpr, PAD: tl.constexpr, TURNED: tl.constexpr):
+    """Some rows (BLOCK_M, PAD) of H^T, of which H (R, rows) lies in memory, or, where TURNED, H^T."""
     at = tl.arange(0, PAD)
     inside = (row < rows)[:, None] & (at < R)[None, :]
-    return tl.load(h_ptr + at[None, :].to(tl.int64) * rows + row[:, None], mask=inside, other=0.0)
+    if TURNED:
+        return tl.load(h_ptr + row[:, None] * R + at[None, :], mask=inside, other=0.0)
+    else:
+        return tl.load(h_ptr + at[None, :].to(tl.int64) * rows + row[:, None], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -42,7 +45,7 @@ def product(h, b_ptr, column, width, r_step, column_step, R: tl.constexpr, PAD: 
 @triton.jit
 def add_expand_kernel(
     x_ptr, y_ptr, h_ptr, b_ptr, out_ptr, rows, width, scale,
-    R: tl.constexpr, PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    R: tl.constexpr, PAD: tl.constexpr, TURNED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of x + y + s H^T B^T (rows, width)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -52,21 +55,21 @@ def add_expand_kernel(
     total = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     total += tl.load(y_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if R > 0:
-        total += scale * product(across(h_ptr, row, rows, R, PAD), b_ptr, column, width, 1, R, R, PAD)
+        total += scale * product(across(h_ptr, row, rows, R, PAD, TURNED), b_ptr, column, width, 1, R, R, PAD)
     tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def add_norm_shrink_kernel(
     x_ptr, y_ptr, h_ptr, b_ptr, w_ptr, a0_ptr, a1_ptr, a2_ptr, total_ptr, out_ptr, rho_ptr, low_ptr, stack_ptr,
-    rows, width, scale, eps, R: tl.constexpr, PAD: tl.constexpr, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
-    PAD_A: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    rows, width, scale, eps, R: tl.constexpr, PAD: tl.constexpr, TURNED: tl.constexpr,
+    R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, PAD_A: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x2 and its norm (rows, width), rho (rows,), A out^T (R0 + R1 + R2, rows), and A."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     there, blocks = (row < rows)[:, None], tl.cdiv(width, BLOCK_K)
     if R > 0:
-        h = across(h_ptr, row, rows, R, PAD)
+        h = across(h_ptr, row, rows, R, PAD, TURNED)
     squares = tl.zeros((BLOCK_M,), tl.float32)
     for block in range(blocks):
         at = block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -126,7 +129,7 @@ def norm_back_kernel(
     rho = tl.load(rho_ptr + row, mask=row < rows, other=0.0)
     p = p_ptr
     if R > 0:
-        p = across(p_ptr, row, rows, R, PAD)
+        p = across(p_ptr, row, rows, R, PAD, False)
     shared = tl.zeros((BLOCK_M,), tl.float32)
     for block in range(blocks):
         at = block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -160,11 +163,17 @@ def _height(rows: int, itemsize: int) -> int:
 def _forward(rows: int, pad: int, itemsize: int) -> dict[str, int]:
     small = pad <= 32 and itemsize == 2  # larger blocks spill
     columns, warps = (64, 4) if small else (32, 8)
-    return {"BLOCK_M": _height(rows, itemsize), "BLOCK_K": columns, "num_warps": warps, "num_stages": 2}
+    height = _height(rows, itemsize) if small else 16
+    return {"BLOCK_M": height, "BLOCK_K": columns, "num_warps": warps, "num_stages": 2}
 
 
 def _backward(rows: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK_M": _height(rows, itemsize), "BLOCK_K": 256 // itemsize, "num_warps": 8, "num_stages": 3}
+
+
+def turned(h: Tensor | None) -> bool:
+    """Return whether it is H^T that lies in memory row by row, of H (r, rows)."""
+    return h is not None and not h.is_contiguous()
 
 
 def _tiles(itemsize: int) -> dict[str, int]:
@@ -172,13 +181,14 @@ def _tiles(itemsize: int) -> dict[str, int]:
 
 
 def add_expand(x: Tensor, y: Tensor, h: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
-    """Return x + y + s H^T B^T (rows, width), of contiguous x, y (rows, width), H (r, rows), B (width, r)."""
+    """Return x + y + s H^T B^T (rows, width), of contiguous x, y (rows, width), B (width, r), H (r, rows) or H^T."""
     import torch
 
     (rows, width), r, out = x.shape, 0 if h is None else len(h), torch.empty_like(x)
     tiles = _tiles(x.element_size())
     add_expand_kernel[(triton.cdiv(rows, tiles["BLOCK_M"]), triton.cdiv(width, tiles["BLOCK_N"]))](
-        x, y, x if h is None else h, x if b is None else b, out, rows, width, scale, R=r, PAD=_padded(r), **tiles,
+        x, y, x if h is None else h, x if b is None else b, out, rows, width, scale,
+        R=r, PAD=_padded(r), TURNED=turned(h), **tiles,
     )  # fmt: skip
     return out
 
@@ -198,7 +208,7 @@ def add_norm_shrink(
     Args:
         x: (rows, width), contiguous, as all are.
         y: (rows, width).
-        h: H (r, rows), or None.
+        h: H (r, rows), itself contiguous or turned over, or None.
         b: B (width, r) in any floating dtype, or None.
         scale: s.
         weight: w (width,).
@@ -216,7 +226,7 @@ def add_norm_shrink(
     add_norm_shrink_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]),)](
         x, y, x if h is None else h, x if b is None else b, weight, *factors, *[x] * absent,
         total, out, rho, low, stack, rows, width, scale, eps,
-        R=r, PAD=pad, R0=r0, R1=r1, R2=r2, PAD_A=pad_a, **blocks,
+        R=r, PAD=pad, TURNED=turned(h), R0=r0, R1=r1, R2=r2, PAD_A=pad_a, **blocks,
     )  # fmt: skip
     return total, out, rho, low, stack
 
@@ -258,6 +268,7 @@ def norm_back(
 def _build(kind: str, r: int, dtype: Any) -> Build:
     itemsize, pad = 2 if dtype == tl.bfloat16 else 4, _padded(r)
     arguments: dict[str, Any] = {"rows": 8192, "width": 4096, "R": r, "PAD": pad, "b_ptr": tl.float32, "scale": 2.0}
+    arguments["TURNED"] = True
     arguments |= dict.fromkeys(("x_ptr", "y_ptr", "h_ptr", "out_ptr"), dtype)
     if kind == "add and expand":
         kernel, blocks = add_expand_kernel, _tiles(itemsize)

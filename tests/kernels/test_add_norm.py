@@ -22,8 +22,11 @@ def some(*shape: int, dtype: torch.dtype = torch.float32, seed: int) -> Tensor:
 
 
 def update(r: int | None, rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Returns H (r, rows) and B (width, r); adapters in float32 are rounded in registers."""
-    return (None, None) if r is None else (some(r, rows, dtype=dtype, seed=r), some(width, r, seed=r + 1))
+    """Returns H (r, rows), for some r turned over, and B (width, r); adapters in float32 are rounded in registers."""
+    if r is None:
+        return None, None
+    h = some(rows, r, dtype=dtype, seed=r).t() if r in (7, 16) else some(r, rows, dtype=dtype, seed=r)
+    return h, some(width, r, seed=r + 1)
 
 
 def doubled(*values: Any) -> list[Any]:
