@@ -98,7 +98,7 @@ def _spread_heads(
     narrow, inner = r[:, None].to(tl.int64) * rows + row[None, :], (row < rows)[None, :] & (r < R)[:, None]
     place = _place(row, length, half, angles_batch)[:, None]
     source = g_ptr + ((row // length) * g_batch + (row % length) * g_token)[:, None]
-    p = tl.zeros((BLOCK_M, PAD), tl.float32)
+    p = tl.zeros((PAD, BLOCK_M), tl.float32)
     if R > 0 and DB:
         h = tl.load(h_ptr + narrow, mask=inner, other=0.0)
     for block in range(0, n // (2 * half) * across):
@@ -122,13 +122,13 @@ def _spread_heads(
             pair = tl.arange(0, 2 * BLOCK_N)
             of_half = (block % across) * BLOCK_N + pair // 2
             column, mine = head * (2 * half) + (pair % 2) * half + of_half, of_half < half
-            corner = b_ptr + column[:, None] * R + r[None, :]
-            b = tl.load(corner, mask=mine[:, None] & (r < R)[None, :], other=0.0)
-            p = tl.dot(g, b.to(g.dtype), p, input_precision="ieee")
+            corner = b_ptr + column[None, :] * R + r[:, None]
+            b = tl.load(corner, mask=mine[None, :] & (r < R)[:, None], other=0.0)
+            p = tl.dot(b.to(g.dtype), tl.trans(g), p, input_precision="ieee")
             if DB:
                 _summed(db_ptr, h, g, column, mine, scale, R, PAD, ATOMIC)
     if R > 0:
-        tl.store(p_ptr + narrow, tl.trans((scale * p).to(p_ptr.dtype.element_ty)), mask=inner)
+        tl.store(p_ptr + narrow, (scale * p).to(p_ptr.dtype.element_ty), mask=inner)
 
 
 @triton.jit
@@ -161,9 +161,11 @@ def turn_spread_kernel(
         )  # fmt: skip
 
 
-def _options(ranks: Sequence[int], width: int, itemsize: int) -> dict[str, int]:
+def _options(ranks: Sequence[int], width: int, itemsize: int, backward: bool) -> dict[str, int]:
     half, pad = (max(16, triton.next_power_of_2(size)) for size in (width // 2, max(ranks)))
-    return {"PAD": pad, "BLOCK_M": 32 if itemsize > 2 else 64, "BLOCK_N": min(32, half), "num_warps": 4}
+    wide = 64 if backward and itemsize == 2 else 32
+    options = {"PAD": pad, "BLOCK_M": 32 if itemsize > 2 else 64, "BLOCK_N": min(wide, half), "num_warps": 4}
+    return options | ({"num_warps": 8, "num_stages": 2} if backward else {})
 
 
 def expand_turn(
@@ -192,7 +194,7 @@ def expand_turn(
 
     rows, ranks, sizes = len(y), [b.shape[1] for b in bs], [len(b) for b in bs]
     last = torch.empty((rows, sizes[2]), dtype=y.dtype, device=y.device)
-    options = _options(ranks, width, y.element_size())
+    options = _options(ranks, width, y.element_size(), False)
     turns = (sizes[0] + sizes[1]) // width * triton.cdiv(width // 2, options["BLOCK_N"])
     grid = triton.cdiv(rows, options["BLOCK_M"]), turns + triton.cdiv(sizes[2], 2 * options["BLOCK_N"])
     r0, r1, r2 = ranks
@@ -230,7 +232,7 @@ def turn_spread(
     g, rows, ranks, sizes = gs[0], gs[0].shape[0] * length, [b.shape[1] for b in bs], [len(b) for b in bs]
     p = torch.empty((sum(ranks), rows), dtype=g.dtype, device=g.device)
     whole = torch.empty((rows, sum(sizes)), dtype=g.dtype, device=g.device)
-    options = _options(ranks, width, g.element_size())
+    options = _options(ranks, width, g.element_size(), True)
     groups = triton.cdiv(rows, options["BLOCK_M"])
     atomic = not torch.are_deterministic_algorithms_enabled() and groups > 1
     entries = sum(b.numel() for b in bs) if hs else 0
@@ -252,29 +254,32 @@ def _apart(cos: Tensor) -> int:
 
 def _builds() -> list[Build]:
     made = []
+
+    def build(name: str, kernel: Any, r: int, size: int, arguments: dict[str, Any]) -> None:
+        """With three updates of rank 16, or one of rank 64, of the sizes of a Llama 8B."""
+        common: dict[str, Any] = {
+            **dict.fromkeys(("b0_ptr", "b1_ptr", "b2_ptr"), tl.float32), "rows": 8192, "length": 2048,
+            "angles_batch": 0, "half": 64, "n0": 4096, "n1": 1024, "n2": 1024, "s0": 2.0, "s1": 2.0, "s2": 2.0,
+            "R0": r, "R1": r % 64, "R2": r % 64, **_options((r,), 128, size, kernel is turn_spread_kernel),
+        }  # fmt: skip
+        options = {key: common.pop(key) for key in ("num_warps", "num_stages") if key in common}
+        made.append(Build(name, kernel, arguments | common, options, products=size == 2))
+
     for label, dtype, size, r in (
         ("bf16", tl.bfloat16, 2, 16),
         ("bf16", tl.bfloat16, 2, 64),
         ("fp32", tl.float32, 4, 16),
     ):
-        common: dict[str, Any] = {
-            **dict.fromkeys(("b0_ptr", "b1_ptr", "b2_ptr"), tl.float32), "cos_ptr": dtype, "sin_ptr": dtype,
-            "rows": 8192, "length": 2048, "angles_batch": 0, "half": 64, "n0": 4096, "n1": 1024, "n2": 1024,
-            "s0": 2.0, "s1": 2.0, "s2": 2.0, "R0": 16, "R1": 16, "R2": 16, **_options((r,), 128, size),
-        }  # fmt: skip
-        if r == 64:
-            common |= {"R0": 64, "R1": 0, "R2": 0}
-        options = {"num_warps": common.pop("num_warps")}
-        tensors = dict.fromkeys(("y_ptr", "last_ptr", "h_ptr"), dtype)
-        made.append(Build(f"expand and turn, {label}, r {r}", expand_turn_kernel, tensors | common, options, size == 2))
-        names = ("g0_ptr", "g1_ptr", "g2_ptr", "h0_ptr", "h1_ptr", "h2_ptr", "p_ptr", "all_ptr")
-        tensors = {**dict.fromkeys(names, dtype), "db_ptr": tl.float32}
+        names = ("y_ptr", "last_ptr", "h_ptr", "cos_ptr", "sin_ptr")
+        build(f"expand and turn, {label}, r {r}", expand_turn_kernel, r, size, dict.fromkeys(names, dtype))
+        names = ("g0_ptr", "g1_ptr", "g2_ptr", "h0_ptr", "h1_ptr", "h2_ptr", "p_ptr", "all_ptr", "cos_ptr", "sin_ptr")
+        arguments: dict[str, Any] = dict.fromkeys(names, dtype) | {"db_ptr": tl.float32, "DB": True, "ATOMIC": True}
         for i, heads in enumerate((32, 8, 8)):
-            tensors |= {f"batch{i}": 2048 * heads * 128, f"head{i}": 128, f"token{i}": heads * 128}
-        for suffix, atomic in (("", True), (", two stages", False)):
-            if atomic or (r, size) == (16, 2):
-                name, more = f"turn and spread, {label}, r {r}{suffix}", {"DB": True, "ATOMIC": atomic}
-                made.append(Build(name, turn_spread_kernel, tensors | common | more, options, size == 2))
+            arguments |= {f"batch{i}": 2048 * heads * 128, f"head{i}": 128, f"token{i}": heads * 128}
+        build(f"turn and spread, {label}, r {r}", turn_spread_kernel, r, size, arguments)
+        if (r, size) == (16, 2):
+            staged = arguments | {"ATOMIC": False}
+            build(f"turn and spread, {label}, r {r}, two stages", turn_spread_kernel, r, size, staged)
     return made
 
 
