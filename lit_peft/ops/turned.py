@@ -1,7 +1,7 @@
 """The low-rank updates of queries, keys and values together with the rotation of the first two, without gradients.
 
     expand_turn:   Y_i += s_i H_i^T B_i^T;   every head of Y_0 and Y_1 turned by the angles of its place
-    turn_spread:   G_0 and G_1 turned back;   P_i = s_i B_i^T G_i^T,   dB_i = s_i G_i^T H_i^T,   the G_i beside each other
+    turn_spread:   G_0 and G_1 turned back, the G_i beside each other, P_i = s_i B_i^T G_i^T, dB_i = s_i G_i^T H_i^T
 
 with H_i (r_i, rows), B_i (n_i, r_i), Y_i and G_i (rows, n_i), P_i (r_i, rows), rows = batch * length. A head (u, v) of
 `width`, in two halves, is turned and turned back as in `rotary`:

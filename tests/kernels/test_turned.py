@@ -24,21 +24,23 @@ PAIRS = [(size, torch.bfloat16) for size in SIZES] + [(SIZES[i], dtype) for i in
 
 def factors(ranks: tuple[int, ...], heads: tuple[int, ...], width: int) -> list[Tensor]:
     """Returns the B_i in float32, as parameters are."""
-    return [
-        there(n * width, r, dtype=torch.float32, seed=i) for i, (n, r) in enumerate(zip(heads, ranks, strict=True))
-    ]
+    return [there(n * width, r, dtype=torch.float32, seed=i) for i, (n, r) in enumerate(zip(heads, ranks, strict=True))]
 
 
 @pytest.mark.parametrize("batches", [1, None])
 @pytest.mark.parametrize(("size", "dtype"), PAIRS, ids=str)
-def test_forward(size: tuple[int, int, int, tuple[int, ...], tuple[int, ...]], dtype: torch.dtype, batches: int) -> None:
+def test_forward(
+    size: tuple[int, int, int, tuple[int, ...], tuple[int, ...]], dtype: torch.dtype, batches: int
+) -> None:
     batch, length, width, heads, ranks = size
     y = there(batch * length, sum(heads) * width, dtype=dtype, seed=7)
     h = there(sum(ranks), batch * length, dtype=dtype, seed=8)
     cos, sin = (there(batches or batch, length, width, dtype=dtype, seed=seed) for seed in (5, 6))
     bs, wanted, before = factors(ranks, heads, width), y.double(), y.clone()
     rest = length, width
-    exact = expand_turn_reference(wanted, h.double(), [b.double() for b in bs], SCALES, cos.double(), sin.double(), *rest)
+    exact = expand_turn_reference(
+        wanted, h.double(), [b.double() for b in bs], SCALES, cos.double(), sin.double(), *rest
+    )
     last = expand_turn(y, h, bs, SCALES, cos, sin, *rest, kernels=True)
     at = [0, heads[0] * width, (heads[0] + heads[1]) * width]
     agree(y[:, : at[1]], wanted[:, : at[1]], TOLERANCE[dtype])
