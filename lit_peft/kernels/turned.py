@@ -1,7 +1,7 @@
 """The low-rank updates of queries, keys and values, and the rotation of the first two: one launch either way.
 
 forward:   Y_i += s_i H_i^T B_i^T, then every head (u, v) of Y_0, Y_1 becomes (u cos - v sin, v cos' + u sin'), in place
-backward:  every head of G_0, G_1 turned back;  P_i = s_i B_i^T G_i^T,  dB_i = s_i G_i^T H_i^T,  the G_i beside each other
+backward:  every head of G_0, G_1 turned back, the G_i beside each other, P_i = s_i B_i^T G_i^T, dB_i = s_i G_i^T H_i^T
 """
 
 from __future__ import annotations
@@ -151,7 +151,8 @@ def turn_spread_kernel(
     elif which == 1:
         _spread_heads(
             g1_ptr, b1_ptr, h1_ptr, p_ptr + R0 * rows, all_ptr + n0, db_ptr + n0 * R0, cos_ptr, sin_ptr, row, rows,
-            length, angles_batch, half, n1, total, batch1, head1, token1, s1, R1, PAD, True, DB, ATOMIC, BLOCK_M, BLOCK_N,
+            length, angles_batch, half, n1, total, batch1, head1, token1, s1,
+            R1, PAD, True, DB, ATOMIC, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         _spread_heads(
@@ -262,7 +263,7 @@ def _builds() -> list[Build]:
             "angles_batch": 0, "half": 64, "n0": 4096, "n1": 1024, "n2": 1024, "s0": 2.0, "s1": 2.0, "s2": 2.0,
             "R0": r, "R1": r % 64, "R2": r % 64, **_options((r,), 128, size, kernel is turn_spread_kernel),
         }  # fmt: skip
-        options = {key: common.pop(key) for key in ("num_warps", "num_stages") if key in common}
+        options: dict[str, int] = {key: common.pop(key) for key in ("num_warps", "num_stages") if key in common}
         made.append(Build(name, kernel, arguments | common, options, products=size == 2))
 
     for label, dtype, size, r in (
@@ -270,10 +271,10 @@ def _builds() -> list[Build]:
         ("bf16", tl.bfloat16, 2, 64),
         ("fp32", tl.float32, 4, 16),
     ):
-        names = ("y_ptr", "last_ptr", "h_ptr", "cos_ptr", "sin_ptr")
-        build(f"expand and turn, {label}, r {r}", expand_turn_kernel, r, size, dict.fromkeys(names, dtype))
+        ends: dict[str, Any] = dict.fromkeys(("y_ptr", "last_ptr", "h_ptr", "cos_ptr", "sin_ptr"), dtype)
+        build(f"expand and turn, {label}, r {r}", expand_turn_kernel, r, size, ends)
         names = ("g0_ptr", "g1_ptr", "g2_ptr", "h0_ptr", "h1_ptr", "h2_ptr", "p_ptr", "all_ptr", "cos_ptr", "sin_ptr")
-        arguments: dict[str, Any] = dict.fromkeys(names, dtype) | {"db_ptr": tl.float32, "DB": True, "ATOMIC": True}
+        arguments: dict[str, Any] = {**dict.fromkeys(names, dtype), "db_ptr": tl.float32, "DB": True, "ATOMIC": True}
         for i, heads in enumerate((32, 8, 8)):
             arguments |= {f"batch{i}": 2048 * heads * 128, f"head{i}": 128, f"token{i}": heads * 128}
         build(f"turn and spread, {label}, r {r}", turn_spread_kernel, r, size, arguments)

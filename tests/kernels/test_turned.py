@@ -11,6 +11,7 @@ from tests.kernels.where import DEVICE
 from tests.ops.exact import TOLERANCE, agree
 
 SCALES = [0.5, 1.5, 2.0]
+Size = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]
 # batch, length, width of a head, heads, ranks
 SIZES = [
     (1, 1, 2, (1, 1, 1), (1, 1, 1)),
@@ -29,19 +30,15 @@ def factors(ranks: tuple[int, ...], heads: tuple[int, ...], width: int) -> list[
 
 @pytest.mark.parametrize("batches", [1, None])
 @pytest.mark.parametrize(("size", "dtype"), PAIRS, ids=str)
-def test_forward(
-    size: tuple[int, int, int, tuple[int, ...], tuple[int, ...]], dtype: torch.dtype, batches: int
-) -> None:
+def test_forward(size: Size, dtype: torch.dtype, batches: int | None) -> None:
     batch, length, width, heads, ranks = size
     y = there(batch * length, sum(heads) * width, dtype=dtype, seed=7)
     h = there(sum(ranks), batch * length, dtype=dtype, seed=8)
     cos, sin = (there(batches or batch, length, width, dtype=dtype, seed=seed) for seed in (5, 6))
     bs, wanted, before = factors(ranks, heads, width), y.double(), y.clone()
-    rest = length, width
-    exact = expand_turn_reference(
-        wanted, h.double(), [b.double() for b in bs], SCALES, cos.double(), sin.double(), *rest
-    )
-    last = expand_turn(y, h, bs, SCALES, cos, sin, *rest, kernels=True)
+    wide = wanted, h.double(), [b.double() for b in bs], SCALES, cos.double(), sin.double()
+    exact = expand_turn_reference(*wide, length, width)
+    last = expand_turn(y, h, bs, SCALES, cos, sin, length, width, kernels=True)
     at = [0, heads[0] * width, (heads[0] + heads[1]) * width]
     agree(y[:, : at[1]], wanted[:, : at[1]], TOLERANCE[dtype])
     agree(y[:, at[1] : at[2]], wanted[:, at[1] : at[2]], TOLERANCE[dtype])
@@ -51,8 +48,8 @@ def test_forward(
 
 def back(gs: list[Tensor], bs: list[Tensor], hs: list[Tensor], cos: Tensor, sin: Tensor) -> None:
     dtype, rest = gs[0].dtype, (gs[0].shape[2], gs[0].shape[3])
-    exact = ([part.double() for part in parts] for parts in (gs, bs, hs))
-    wanted = turn_spread_reference(*exact, SCALES, cos.double(), sin.double(), *rest)
+    g_exact, b_exact, h_exact = ([part.double() for part in parts] for parts in (gs, bs, hs))
+    wanted = turn_spread_reference(g_exact, b_exact, h_exact, SCALES, cos.double(), sin.double(), *rest)
     p, whole, *dbs = turn_spread(gs, bs, hs, SCALES, cos, sin, *rest, kernels=True)
     assert p.dtype == whole.dtype == dtype
     agree(p, wanted[0], TOLERANCE[dtype])
@@ -64,9 +61,7 @@ def back(gs: list[Tensor], bs: list[Tensor], hs: list[Tensor], cos: Tensor, sin:
 
 @pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize(("size", "dtype"), PAIRS, ids=str)
-def test_backward(
-    size: tuple[int, int, int, tuple[int, ...], tuple[int, ...]], dtype: torch.dtype, staged: bool
-) -> None:
+def test_backward(size: Size, dtype: torch.dtype, staged: bool) -> None:
     batch, length, width, heads, ranks = size
     # as attention hands them back, its heads behind the places
     gs = [there(batch, length, n, width, dtype=dtype, seed=n).transpose(1, 2) for n in heads]
