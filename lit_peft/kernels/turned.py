@@ -15,6 +15,7 @@ import triton.language as tl
 from lit_peft.kernels.build import Build
 from lit_peft.kernels.gated import _expanded
 from lit_peft.kernels.rotary import angles, turned
+from lit_peft.kernels.shrink import parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +94,7 @@ def _spread_heads(
     g_batch, g_head, g_token, scale, R: tl.constexpr, PAD: tl.constexpr, TURN: tl.constexpr, DB: tl.constexpr,
     ATOMIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """P (R, rows) of some rows of all heads of G, which are turned back and put into `all`; and their share of dB."""
+    """P (R, rows) of some rows of some heads of G, which are turned back and put into `all`; and their share of dB."""
     r, across = tl.arange(0, PAD), tl.cdiv(half, BLOCK_N)
     narrow, inner = r[:, None].to(tl.int64) * rows + row[None, :], (row < rows)[None, :] & (r < R)[:, None]
     place = _place(row, length, half, angles_batch)[:, None]
@@ -101,7 +102,10 @@ def _spread_heads(
     p = tl.zeros((PAD, BLOCK_M), tl.float32)
     if R > 0 and DB:
         h = tl.load(h_ptr + narrow, mask=inner, other=0.0)
-    for block in range(0, n // (2 * half) * across):
+    heads = n // (2 * half)
+    each = tl.cdiv(heads, tl.num_programs(2))
+    first_head = tl.program_id(2) * each
+    for block in range(first_head * across, tl.minimum(first_head + each, heads) * across):
         head, at = block // across, (block % across) * BLOCK_N + tl.arange(0, BLOCK_N)
         mine, column = at < half, head * (2 * half) + at
         inside = (row < rows)[:, None] & mine[None, :]
@@ -138,9 +142,10 @@ def turn_spread_kernel(
     s0, s1, s2, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, PAD: tl.constexpr, DB: tl.constexpr,
     ATOMIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """All that is made of some rows of one G_i: P needs all heads of it, and none of the others."""
+    """All that is made of some rows of one G_i, or of a share of its heads: P needs all of them, none of the others."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     which, total = tl.program_id(1), n0 + n1 + n2
+    p_ptr += tl.program_id(2).to(tl.int64) * (R0 + R1 + R2) * rows
     if not ATOMIC:
         db_ptr += tl.program_id(0).to(tl.int64) * (n0 * R0 + n1 * R1 + n2 * R2)
     if which == 0:
@@ -215,6 +220,7 @@ def turn_spread(
     sin: Tensor,
     length: int,
     width: int,
+    split: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return P (sum of r_i, rows), all G_i beside each other (rows, sum of n_i), and all dB_i behind each other.
 
@@ -227,24 +233,27 @@ def turn_spread(
         sin: as cos.
         length: of a sequence.
         width: of a head.
+        split: among how many programs the heads of some rows are shared out; 0: as it fits the GPU.
     """
     import torch
 
     g, rows, ranks, sizes = gs[0], gs[0].shape[0] * length, [b.shape[1] for b in bs], [len(b) for b in bs]
-    p = torch.empty((sum(ranks), rows), dtype=g.dtype, device=g.device)
     whole = torch.empty((rows, sum(sizes)), dtype=g.dtype, device=g.device)
     options = _options(ranks, width, g.element_size(), True)
     groups = triton.cdiv(rows, options["BLOCK_M"])
+    split = split or parts(rows, max(sizes), g.device, {"BM": options["BLOCK_M"], "BK": 2 * options["BLOCK_N"]})
+    p = torch.empty((split, sum(ranks), rows), dtype=g.dtype if split == 1 else torch.float32, device=g.device)
     atomic = not torch.are_deterministic_algorithms_enabled() and groups > 1
     entries = sum(b.numel() for b in bs) if hs else 0
     make = torch.zeros if atomic else torch.empty
     dbs = make((1 if atomic else groups, entries), dtype=torch.float32, device=g.device)
     r0, r1, r2 = ranks
-    turn_spread_kernel[(groups, 3)](
+    turn_spread_kernel[(groups, 3, split)](
         *gs, *(b.contiguous() for b in bs), *([h.contiguous() for h in hs] or [p, p, p]), p, whole, dbs, cos, sin,
         rows, length, _apart(cos), width // 2, *sizes, *(x.stride(i) for x in gs for i in range(3)), *scales,
         R0=r0, R1=r1, R2=r2, DB=bool(hs), ATOMIC=atomic, **options,
     )  # fmt: skip
+    p = p[0] if split == 1 else p.sum(0).to(g.dtype)
     return p, whole, dbs.view(-1) if atomic or groups == 1 else dbs.sum(0)
 
 

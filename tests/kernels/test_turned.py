@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lit_peft.kernels.turned import turn_spread as launched
 from lit_peft.ops.turned import expand_turn, expand_turn_reference, turn_spread, turn_spread_reference
 from tests.kernels.test_gated import DTYPES, there
 from tests.kernels.test_spread import deterministic
@@ -78,6 +79,20 @@ def test_gradients_in_any_layout() -> None:
     cos, sin = (there(1, 6, 3, dtype=torch.float32, seed=seed).transpose(1, 2) for seed in (5, 6))
     hs = [there(6, r, dtype=torch.float32, seed=r).t() for r in (2, 3, 4)]
     back(gs, factors((2, 3, 4), (2, 1, 1), 6), hs, cos, sin)
+
+
+@pytest.mark.parametrize("split", [2, 3])
+def test_heads_shared_out(split: int) -> None:
+    """As where there are few rows: also to more programs than there are heads."""
+    gs = [there(2, n, 3, 4, dtype=torch.bfloat16, seed=n) for n in (3, 1, 2)]
+    cos, sin = (there(1, 3, 4, dtype=torch.bfloat16, seed=seed) for seed in (5, 6))
+    bs, hs = factors((2, 3, 4), (3, 1, 2), 4), [there(r, 6, dtype=torch.bfloat16, seed=r) for r in (2, 3, 4)]
+    p, whole, dbs = launched(gs, bs, hs, SCALES, cos, sin, 3, 4, split)
+    one = launched(gs, bs, hs, SCALES, cos, sin, 3, 4, 1)
+    assert (p.dtype, p.shape) == (torch.bfloat16, (9, 6))
+    agree(p, one[0], 5e-3)
+    assert whole.equal(one[1])
+    agree(dbs, one[2], 1e-6)
 
 
 def test_without_db() -> None:
