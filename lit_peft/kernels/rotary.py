@@ -17,6 +17,26 @@ if TYPE_CHECKING:
 
 
 @triton.jit
+def angles(cos_ptr, sin_ptr, place, inside, half):
+    """Cosines and sines of the two halves of heads, in float32: those of the first from `place` on."""
+    low = tl.load(cos_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(cos_ptr + place + half, mask=inside, other=0.0).to(tl.float32)
+    low_sin = tl.load(sin_ptr + place, mask=inside, other=0.0).to(tl.float32)
+    high_sin = tl.load(sin_ptr + place + half, mask=inside, other=0.0).to(tl.float32)
+    return low, high, low_sin, high_sin
+
+
+@triton.jit
+def turned(u, v, low, high, low_sin, high_sin, BACKWARD: tl.constexpr):
+    """The two halves of heads turned, or turned back."""
+    if BACKWARD:
+        first, second = u * low + v * high_sin, v * high - u * low_sin
+    else:
+        first, second = u * low - v * low_sin, v * high + u * high_sin
+    return first, second
+
+
+@triton.jit
 def _turned(
     x_ptr, y_ptr, low, high, low_sin, high_sin, batch, place, token, heads, half, x_batch, x_head, x_token,
     HEADS: tl.constexpr, HALF: tl.constexpr, BACKWARD: tl.constexpr,
@@ -28,10 +48,7 @@ def _turned(
     u = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
     target = y_ptr + (token * heads + head) * (2 * half) + at
-    if BACKWARD:
-        first, second = u * low + v * high_sin, v * high - u * low_sin
-    else:
-        first, second = u * low - v * low_sin, v * high + u * high_sin
+    first, second = turned(u, v, low, high, low_sin, high_sin, BACKWARD)
     tl.store(target, first.to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(target + half, second.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -47,10 +64,7 @@ def rotary_kernel(
     batch, place = token // length, token % length
     at = tl.arange(0, HALF)[None, :]
     angle = batch * angles_batch + place * (2 * half) + at
-    low = tl.load(cos_ptr + angle, mask=at < half, other=0.0).to(tl.float32)
-    high = tl.load(cos_ptr + angle + half, mask=at < half, other=0.0).to(tl.float32)
-    low_sin = tl.load(sin_ptr + angle, mask=at < half, other=0.0).to(tl.float32)
-    high_sin = tl.load(sin_ptr + angle + half, mask=at < half, other=0.0).to(tl.float32)
+    low, high, low_sin, high_sin = angles(cos_ptr, sin_ptr, angle, at < half, half)
     _turned(
         q_ptr, q_out, low, high, low_sin, high_sin, batch, place, token, q_heads, half, q_batch, q_head, q_token,
         Q_HEADS, HALF, BACKWARD,

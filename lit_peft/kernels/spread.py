@@ -1,9 +1,9 @@
 """Back from an update's output: P = s g B and g^T H in one read of g, and the update of x's gradient under dropout.
 
-    dyb_db:   P = s g B   (rows, r),   dB = D(g)^T H   (width, r),   and [g | P L] beside them
+    dyb_db:   P = s g B   (rows, r),   dB = s D(g)^T H L   (width, r),   and [g | P L] beside them
     spread:   dx += D(P A)                                          in place, with the mask drawn again
 
-With another g, the second product is also dA: D(x)^T P (width, r).
+With L = diag(gain), or none. With another g, the second product is also dA: D(x)^T P (width, r).
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def dyb_db_kernel(
     here, inner = (row < rows)[:, None], (rank < r)[None, :]
     wide = width + PAD
     total = tl.zeros((BM, RANK), dtype=tl.float32)
+    if GAIN:
+        gain = tl.load(gain_ptr + rank, mask=rank < r, other=0.0).to(tl.float32)[None, :]
     if DB:
         h = tl.load(h_ptr + row[:, None] * r + rank[None, :], mask=here & inner, other=0.0)
     first = tl.program_id(1) * steps * BK
@@ -70,7 +72,9 @@ def dyb_db_kernel(
         if DB:
             if DROP:
                 g = tl.where(stays(seed, row, start, width, p, BM, BK), g, 0.0)
-            db = tl.dot(tl.trans(g), h.to(g.dtype), input_precision=PRECISION)
+            db = tl.dot(tl.trans(g), h.to(g.dtype), input_precision=PRECISION) * scale
+            if GAIN:
+                db = db * gain
             if DROP:
                 db = db / (1 - p)
             place = column[:, None] * r + rank[None, :]
@@ -88,7 +92,7 @@ def dyb_db_kernel(
             tl.store(p_ptr + (part + row)[:, None] * r + rank[None, :], total, mask=here & inner)
         if PAD and WHOLE:
             if GAIN:
-                total = total * tl.load(gain_ptr + rank, mask=rank < r, other=0.0).to(tl.float32)[None, :]
+                total = total * gain
             border = packed_ptr + row[:, None] * wide + width
             tl.store(border + rank[None, :], total.to(packed_ptr.dtype.element_ty), mask=here)
             if PAD > RANK:
@@ -148,7 +152,7 @@ def dyb_db(
     pad: int,
     split: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return P = s g B, dB = D(g)^T H in float32, and [g | P diag(gain) | 0] where pad is above 0.
+    """Return P = s g B, dB = s D(g)^T H diag(gain) in float32, and [g | P diag(gain) | 0] where pad is above 0.
 
     Sums over rows are made by atomics, in an order that changes, or in two stages where torch is to be deterministic.
 

@@ -29,7 +29,7 @@ from lit_peft.ops import border as borders
 from lit_peft.ops import low_rank
 from lit_peft.ops.border import Border
 from lit_peft.ops.choice import takes_kernel
-from lit_peft.ops.low_rank import dropped, inner_gradients, narrow, outer, scaled
+from lit_peft.ops.low_rank import dropped, inner_gradients, narrow, outer
 from lit_peft.ops.recipes import as_dtype, autocasting, noted, recording, watched
 from lit_peft.ops.shrink import dyb_db, shrink, sizes, spread, takes
 
@@ -219,7 +219,7 @@ class _Joined(torch.autograd.Function):
             around = _still(way, weight, p) if need_x else None
         if around is not None and launch:
             inner, db, both = dyb_db(g, b, h.t() if need_b else None, diagonal, scale, around.width)
-            inner, db, dl = inner.t(), scaled(db, diagonal, scale) if need_b else None, None
+            inner, db, dl = inner.t(), db if need_b else None, None
             if diagonal is not None:
                 dl = (inner * h).sum(1) if need_l else None
                 inner.mul_(diagonal[:, None])

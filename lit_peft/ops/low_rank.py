@@ -126,8 +126,8 @@ def inner_gradients(
     db = dl = None
     inner = b.new_empty(0)
     if launch:
-        inner, db, _ = dyb_db(g, b, h.t() if needed[2] else None, None, scale, 0)
-        inner, db = inner.t(), scaled(db, diagonal, scale) if needed[2] else None
+        inner, db, _ = dyb_db(g, b, h.t() if needed[2] else None, diagonal, scale, 0)
+        inner, db = inner.t(), db if needed[2] else None
     else:
         if needed[2]:
             db = product(h if diagonal is None else diagonal[:, None] * h, g, scale).t()
@@ -143,11 +143,6 @@ def inner_gradients(
 def product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     """Return s left right, in one operation."""
     return torch.addmm(left.new_empty(1, 1), left, right, beta=0, alpha=scale)
-
-
-def scaled(db: Tensor, diagonal: Tensor | None, scale: float) -> Tensor:
-    """Return s g^T H L, of g^T H (out, r) as the kernel sums it."""
-    return db.mul_(scale) if diagonal is None else db.mul_(diagonal * scale)
 
 
 def outer(inner: Tensor, x: Tensor, p: float, seed: int, launch: bool) -> Tensor:

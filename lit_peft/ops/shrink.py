@@ -1,7 +1,7 @@
 """The narrow products of a low-rank update, each in one read of what is wide: the registered launches of the kernels.
 
     shrink:   H = D(x) A^T (rows, r),                       and, if asked for, [x | s H L]     see `kernels/shrink.py`
-    dyb_db:   P = s g B (rows, r),  dB = g^T H (out, r),    and, if asked for, [g | P L]       see `kernels/spread.py`
+    dyb_db:   P = s g B (rows, r),  dB = s g^T H L (out, r), and, if asked for, [g | P L]       see `kernels/spread.py`
     spread:   dx += D(P A)                                  in place
     taken:    D(x)^T P (in, r), which is dA transposed
 
@@ -65,7 +65,10 @@ def _(x: Tensor, a: Tensor, gain: Tensor | None, scale: float, p: float, seed: i
 def dyb_db(
     g: Tensor, b: Tensor, h: Tensor | None, gain: Tensor | None, scale: float, pad: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return P (rows, r), dB (out, r) in float32, empty without h, and [g | P diag(gain) | 0], empty where pad is 0."""
+    """Return P (rows, r), dB (out, r) in float32, empty without h, and [g | P diag(gain) | 0], empty where pad is 0.
+
+    Here P = s g B and dB = s g^T H diag(gain).
+    """
     from lit_peft.kernels.spread import dyb_db as launch
 
     return launch(_even(g), b.contiguous(), None if h is None else h.contiguous(), gain, scale, 0.0, 0, pad)
