@@ -63,7 +63,8 @@ def add_expand_kernel(
 def add_norm_shrink_kernel(
     x_ptr, y_ptr, h_ptr, b_ptr, w_ptr, a0_ptr, a1_ptr, a2_ptr, total_ptr, out_ptr, rho_ptr, low_ptr, stack_ptr,
     rows, width, scale, eps, R: tl.constexpr, PAD: tl.constexpr, TURNED: tl.constexpr,
-    R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, PAD_A: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, PAD_A: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x2 and its norm (rows, width), rho (rows,), A out^T (R0 + R1 + R2, rows), and A."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)

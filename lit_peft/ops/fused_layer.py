@@ -5,8 +5,9 @@
     backward:  dyb_db, product, gated_back, dA of down, product, norm_back, dA of gate and up, dyb_db, product, its
                update, dA of o | attention | turn_spread, product, norm_back, dA of q, k and v
 
-Queries, keys and values are one product, and so are gate and up: their frozen weights lie behind each other, see `parts`.
-Queries and keys come out turned by their places. Every other elementwise step is in a kernel that reads its input anyway.
+Queries, keys and values are one product, and so are gate and up: their frozen weights lie behind each other, see
+`parts`. Queries and keys come out turned by their places. Every other elementwise step is in a kernel that reads its
+input anyway.
 """
 
 from __future__ import annotations
@@ -111,25 +112,27 @@ class _Enter(torch.autograd.Function):
         bs = filled([None if pair is None else pair[1].detach() for pair in parts.pairs], parts.sizes, base)
         length, width = x.shape[1], cos.shape[-1]
         values = expand_turn(base, h, bs, parts.scales, cos, sin, length, width, kernels=True)
-        queries, keys, _ = torch.split(base, parts.sizes, 1)
+        queries, keys, _ = torch.split(base, list(parts.sizes), 1)
         ctx.save_for_backward(rows, rho, weight, parts.weight, cos, sin, h, stack, *factors)
         ctx.made = x.shape, parts.pairs, parts.sizes, parts.scales
         y = y.view(x.shape)
         ctx.mark_non_differentiable(y)
+        ctx.set_materialize_grads(False)  # y would be given one
         return x.view_as(x), y, *(out.view(*x.shape[:-1], out.shape[-1]) for out in (queries, keys, values))
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, passed: Tensor, _: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, passed: Tensor | None, _: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         x, rho, weight, whole, cos, sin, h, stack, *factors = ctx.saved_tensors
         shape, pairs, sizes, scales = ctx.made
         length, width, half = shape[1], cos.shape[-1], len(factors) // 2
         rest = iter(factors[half:])
         bs = filled([None if pair is None else next(rest) for pair in pairs], sizes, x)
         hs = torch.split(h, [b.shape[1] for b in bs])
-        heads = [g.view(*shape[:2], -1, width).transpose(1, 2) for g in gradients]
+        wide = [x.new_zeros(*shape[:2], size) if g is None else g for g, size in zip(gradients, sizes, strict=True)]
+        heads = [g.view(*shape[:2], -1, width).transpose(1, 2) for g in wide]
         p, g, *dbs = turn_spread(heads, bs, hs, scales, cos, sin, length, width, kernels=True)
-        past = passed.reshape(x.shape)
+        past = None if passed is None else passed.reshape(x.shape)
         dx, y = norm_back(g @ whole, p, stack, past, x, weight, rho, True, kernels=True)
         das = _below(_outer(p, y, factors[0].dtype), pairs)
         found = [db for db, pair in zip(dbs, pairs, strict=True) if pair is not None]
@@ -199,8 +202,9 @@ class _Leave(torch.autograd.Function):
 
         p_d, db_d = _back(slope, b_d, z_d, s_d)
         turned = None if p_d is None else p_d.t()
+        (e, g), (h_e, b_e, s_e, h_g, b_g, s_g) = base.chunk(2, 1), _low(h, layer.inner.pairs)
         both, made, p, db_e, db_g = gated_back(
-            slope @ w_down, turned, a_d, *base.chunk(2, 1), *_low(h, layer.inner.pairs), p_d is not None, kernels=True
+            slope @ w_down, turned, a_d, e, g, h_e, b_e, s_e, h_g, b_g, s_g, p_d is not None, kernels=True
         )
         da_d = [] if turned is None else [_outer(turned, made, kinds[-1])]
         dx, y = norm_back(both @ w_inner, p, stack, slope, middle, weight, rho, True, kernels=True)
@@ -210,7 +214,7 @@ class _Leave(torch.autograd.Function):
         p_o, db_o = _back(dx, b_o, z_o, s_o)
         da = dx @ w_o
         da_o = []
-        if p_o is not None:
+        if p_o is not None and a_o is not None:
             if a_o.dtype == da.dtype:
                 da.addmm_(p_o, a_o)
             else:

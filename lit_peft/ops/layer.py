@@ -179,21 +179,26 @@ class _Enter(torch.autograd.Function):
         ctx.made = x.shape, (read.scales,), [factor.dtype for factor in factors]
         y = y.view(x.shape)
         ctx.mark_non_differentiable(y)
+        ctx.set_materialize_grads(False)  # y would be given one
         return x.view_as(x), y, *(out.view(*x.shape[:-1], out.shape[-1]) for out in found)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, passed: Tensor, _: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, passed: Tensor | None, _: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         x, rho, weight, *saved = ctx.saved_tensors
         shape, scales, kinds = ctx.made
         (read,) = _again(scales, saved, x)
-        gs = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
+        gs = [
+            x.new_zeros(len(x), len(w)) if g is None else g.reshape(-1, len(w))
+            for g, w in zip(gradients, read.weights, strict=True)
+        ]
         p, dbs = read.narrow(gs)
         unit, dx, das = x.float() * rho, None, []
         if p is not None:
             das = read.split(p @ (weight * unit.to(x.dtype)))
         if ctx.needs_input_grad[0]:
-            dx = _unnormed(read.wide(gs, p), unit, weight, rho).to(x.dtype).add_(passed.reshape(x.shape)).view(shape)
+            dx = _unnormed(read.wide(gs, p), unit, weight, rho).to(x.dtype)
+            dx = (dx if passed is None else dx.add_(passed.reshape(x.shape))).view(shape)
         return dx, None, None, None, *_cast([*das, *(db.t() for db in dbs)], kinds)
 
 

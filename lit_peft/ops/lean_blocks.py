@@ -17,7 +17,7 @@ from lit_peft.ops.norm import norm_shrink, rms_norm, shrinks
 from lit_peft.ops.packed import Parts, Shrunk, packed_linear
 from lit_peft.ops.parts import parts_of, pays
 from lit_peft.ops.recipes import recipe_of, recording, signed, watched
-from lit_peft.ops.rotary import turning
+from lit_peft.ops.rotary import rotate, turning
 
 
 class Lean(nn.Module):
@@ -135,23 +135,26 @@ class LeanAttention(LeanBlock):
         shared = _Shared(self)
         x = args[0] if args else kwargs.get("hidden_states")
         turns = isinstance(x, Tensor) and (x.is_cuda or os.environ.get("LIT_PEFT_KERNELS") == "1")
-        return self.answered({name: _Layer(shared, name) for name in self.reads}, args, kwargs, turns=turns)
+        layers = {name: _Layer(shared, name) for name in self.reads}
+        return self.answered(layers, args, kwargs, turn=rotate if turns else None)
 
-    def answered(self, layers: Mapping[str, Any], args: Any, kwargs: Any, *, turns: bool = False) -> Any:
+    def answered(
+        self, layers: Mapping[str, Any], args: Any, kwargs: Any, turn: Callable[..., Any] | None = None
+    ) -> Any:
         """Return what the model's own attention returns with others in the place of some of its layers.
 
         Args:
             layers: what is called instead, by name.
             args: what the attention is called with.
             kwargs: the same by name.
-            turns: whether queries and keys are turned by `rotate`.
+            turn: what turns queries and keys by their places; None: the model's own function.
         """
         own = type(self.plain).forward
         # others find what they have noted in its __dict__, and its class, as on the model's own module
         copy = object.__new__(type(self.plain))
         state = {key: value for key, value in self.__dict__.items() if key != "plain"}
         copy.__dict__.update({**self.plain.__dict__, **state, **layers})
-        return (turning(own) if turns else own)(copy, *args, **kwargs)
+        return (own if turn is None else turning(own, turn))(copy, *args, **kwargs)
 
 
 class _Shared:

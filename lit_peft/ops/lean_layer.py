@@ -14,10 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_peft.ops import fused_layer
+from lit_peft.ops.choice import takes_kernel
+from lit_peft.ops.fused_layer import Fused
 from lit_peft.ops.layer import Group, Rest, enter, leave
 from lit_peft.ops.lean_blocks import LeanAttention, LeanMLP, LeanNorm, is_silu, says
-from lit_peft.ops.parts import layer_of
+from lit_peft.ops.parts import layer_of, parts_of
 from lit_peft.ops.recipes import recording, watched
+from lit_peft.ops.rotary import as_they_are, turns
 
 # What an attention may call and read: nothing here changes or sums up its input but the three layers that read it.
 NAMES = {
@@ -34,19 +38,26 @@ class LeanLayer:
 
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return the layer's output: (..., width) -> (..., width)."""
-        groups = None if args else _groups(self, hidden_states)
-        if groups is None:
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
-        first, rest = groups
-        norm = self.input_layernorm
-        x, y, found = enter(hidden_states, norm.weight, norm.variance_epsilon, first)
-        attention = self.self_attn
-        layers = {
-            name: _Given(getattr(attention, name), y, out) for name, out in zip(attention.reads, found, strict=True)
-        }
+        x, kwargs = hidden_states, kwargs if args else _DEFAULTS | kwargs
+        known = not args and _known(self, x)
+        fused = _fused(self, x, kwargs["position_embeddings"]) if known else None
+        groups = _groups(self, x) if known and fused is None else None
+        norm, attention = self.input_layernorm, self.self_attn
+        if fused is not None:
+            passed, y, found = fused_layer.enter(x, fused)
+        elif groups is not None:
+            passed, y, found = enter(x, norm.weight, norm.variance_epsilon, groups[0])
+        else:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        given = zip(attention.reads, found, strict=True)
+        layers = {name: _Given(getattr(attention, name), y, out) for name, out in given}
         layers["o_proj"] = _Given(attention.o_proj)
-        a, _ = attention.answered(layers, (), {**_DEFAULTS, **kwargs, "hidden_states": y})
-        return leave(x, a, rest)
+        turn = None if fused is None else as_they_are
+        a, _ = attention.answered(layers, (), kwargs | {"hidden_states": y}, turn)
+        if fused is not None:
+            return fused_layer.leave(passed, a, fused)
+        assert groups is not None
+        return leave(passed, a, groups[1])
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Let files and copies be of a class that can be found by its name."""
@@ -76,28 +87,56 @@ class _Given:
         return getattr(self.layer, name)
 
 
-def _groups(layer: Any, x: Tensor) -> tuple[Group, Rest] | None:
-    """Return the layers in front of the attention and what is behind it, or None where one is not as it has to be."""
-    if not recording() or x.is_cuda:
-        return None
+def _known(layer: Any, x: Tensor) -> bool:
+    """Return whether all between the linear layers is what it was, and seen by nobody."""
+    if not recording():
+        return False
     norms, attention, mlp = (layer.input_layernorm, layer.post_attention_layernorm), layer.self_attn, layer.mlp
     if type(attention) is not LeanAttention or type(mlp) is not LeanMLP or any(type(n) is not LeanNorm for n in norms):
-        return None
+        return False
     if any(watched(module) for module in (attention, mlp, *norms)) or not is_silu(mlp.act_fn):
-        return None
-    if any(norm.weight.requires_grad or norm.weight.dtype != x.dtype for norm in norms):
-        return None
+        return False
     kind: Any = type(attention.plain)
-    if not _reads_three(kind) or attention.pays(x) or mlp.pays(x):
+    return _reads_three(kind) and not any(n.weight.requires_grad or n.weight.dtype != x.dtype for n in norms)
+
+
+def _parts(layer: Any) -> list[list[Any]]:
+    """Return what reads the first norm, the attention, the second norm and the gated product."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [attention.children_read(), [attention.o_proj], mlp.children_read(), [mlp.down_proj]]
+
+
+def _fused(layer: Any, x: Tensor, turned: Any) -> Fused | None:
+    """Return the layer on kernels, or None where they are not to be launched or cannot compute it."""
+    attention, pair = layer.self_attn, isinstance(turned, tuple) and len(turned) == 2
+    if not pair or not takes_kernel("layer", x, rows=x.numel() // max(1, x.shape[-1]), width=x.shape[-1]):
         return None
-    found = []
-    for children in (attention.children_read(), [attention.o_proj], mlp.children_read(), [mlp.down_proj]):
-        group = _group(children, x)
-        if group is None:
-            return None
-        found.append(group)
+    own: Any = type(attention.plain).forward
+    if (
+        not turns(own)
+        or turned[0].shape[-1] != attention.head_dim
+        or not {"q_norm", "k_norm"}.isdisjoint(own.__code__.co_names)
+    ):
+        return None
+    first, o, inner, down = (parts_of(children, x) for children in _parts(layer))
+    if first is None or o is None or inner is None or down is None:
+        return None
+    before, between = layer.input_layernorm, layer.post_attention_layernorm
+    norms = (before.weight, before.variance_epsilon), (between.weight, between.variance_epsilon)
+    fused = Fused(first, o, inner, down, norms, turned)
+    return fused if fused_layer.fits(x, fused) else None
+
+
+def _groups(layer: Any, x: Tensor) -> tuple[Group, Rest] | None:
+    """Return what is in front of the attention and what is behind it, or None where layers are better by themselves."""
+    if x.is_cuda or layer.self_attn.pays(x) or layer.mlp.pays(x):
+        return None
+    found = [_group(children, x) for children in _parts(layer)]
     first, o, inner, down = found
-    return first, Rest(o, norms[1].weight, norms[1].variance_epsilon, inner, down)
+    if first is None or o is None or inner is None or down is None:
+        return None
+    norm = layer.post_attention_layernorm
+    return first, Rest(o, norm.weight, norm.variance_epsilon, inner, down)
 
 
 def _group(children: list[Any], x: Tensor) -> Group | None:

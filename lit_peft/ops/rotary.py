@@ -120,25 +120,37 @@ class _Seen(dict[str, Any]):
         return self.below[name]
 
 
-def turning(forward: Callable[..., Any], name: str = "apply_rotary_pos_emb") -> Callable[..., Any]:
+def as_they_are(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Return q and k, which have been turned already."""
+    return q, k
+
+
+def turns(forward: Any, name: str = "apply_rotary_pos_emb") -> bool:
+    """Return whether what an attention's `forward` calls by a name is what `reference` says, told by its code."""
+    own = forward.__globals__.get(name)
+    half = getattr(own, "__globals__", {}).get("rotate_half")
+    return _says(own) == _says(reference) and _says(half) == _says(rotate_half)
+
+
+def turning(
+    forward: Callable[..., Any], by: Callable[..., Any] = rotate, name: str = "apply_rotary_pos_emb"
+) -> Callable[..., Any]:
     """Return an attention's `forward` that calls `rotate` where it called the model's own function for the same.
 
     It is another function of the same code: the one that was given, and the model, stay as they are. Where the model's
-    own function is not what is written in `reference`, told by its code, the given one is returned.
+    own function is another one, the given one is returned.
 
     Args:
         forward: a plain function.
+        by: what is called instead.
         name: what it calls.
     """
-    own = forward.__globals__.get(name)
-    half = getattr(own, "__globals__", {}).get("rotate_half")
-    known = _says(own) == _says(reference) and _says(half) == _says(rotate_half)
-    return _other(forward, name) if known else forward
+    return _other(forward, by, name) if turns(forward, name) else forward
 
 
 @lru_cache(maxsize=32)
-def _other(forward: FunctionType, name: str) -> Callable[..., Any]:
-    seen = _Seen(forward.__globals__, **{name: rotate})
+def _other(forward: FunctionType, by: Callable[..., Any], name: str) -> Callable[..., Any]:
+    seen = _Seen(forward.__globals__, **{name: by})
     made = FunctionType(forward.__code__, seen, forward.__name__, forward.__defaults__, forward.__closure__)
     made.__kwdefaults__ = forward.__kwdefaults__
     return made
