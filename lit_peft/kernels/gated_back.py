@@ -158,7 +158,8 @@ ROWS = 512  # of a program
 def _options(r_d: int, r_e: int, r_g: int, itemsize: int) -> dict[str, int]:
     if itemsize > 2:  # products of float32 hold their factors in registers
         return {"BLOCK_M": 16, "BLOCK_N": 64 if max(r_d, r_e, r_g) <= 16 else 32, "STAGES": 1, "num_warps": 8}
-    return {"BLOCK_M": 32 if max(r_e, r_g) <= 32 else 16, "BLOCK_N": 128, "STAGES": 2, "num_warps": 8}
+    small = max(r_e, r_g) <= 32
+    return {"BLOCK_M": 32 if small else 16, "BLOCK_N": 128, "STAGES": 2 if small else 1, "num_warps": 8}
 
 
 def gated_back(

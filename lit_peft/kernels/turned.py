@@ -169,9 +169,10 @@ def turn_spread_kernel(
 
 def _options(ranks: Sequence[int], width: int, itemsize: int, backward: bool) -> dict[str, int]:
     half, pad = (max(16, triton.next_power_of_2(size)) for size in (width // 2, max(ranks)))
-    wide = 64 if backward and itemsize == 2 else 32
-    options = {"PAD": pad, "BLOCK_M": 32 if itemsize > 2 else 64, "BLOCK_N": min(wide, half), "num_warps": 4}
-    return options | ({"num_warps": 8, "num_stages": 2} if backward else {})
+    wide = min(64 if backward and itemsize == 2 else 32, half)
+    options = {"PAD": pad, "BLOCK_M": 32 if itemsize > 2 else 64, "BLOCK_N": wide, "num_warps": 4}
+    many = itemsize > 2 or pad * wide > 512
+    return options | ({"num_warps": 8 if many else 4, "num_stages": 2} if backward else {})
 
 
 def expand_turn(
@@ -265,13 +266,17 @@ def _apart(cos: Tensor) -> int:
 def _builds() -> list[Build]:
     made = []
 
-    def build(name: str, kernel: Any, r: int, size: int, arguments: dict[str, Any]) -> None:
-        """With three updates of rank 16, or one of rank 64, of the sizes of a Llama 8B."""
+    def build(name: str, kernel: Any, r: int, size: int, arguments: dict[str, Any], head: int = 128) -> None:
+        """With three updates of rank 16, or one of rank 64, of the sizes of a Llama 8B or, with heads of 64, 1B."""
         common: dict[str, Any] = {
             **dict.fromkeys(("b0_ptr", "b1_ptr", "b2_ptr"), tl.float32), "rows": 8192, "length": 2048,
-            "angles_batch": 0, "half": 64, "n0": 4096, "n1": 1024, "n2": 1024, "s0": 2.0, "s1": 2.0, "s2": 2.0,
-            "R0": r, "R1": r % 64, "R2": r % 64, **_options((r,), 128, size, kernel is turn_spread_kernel),
+            "angles_batch": 0, "half": head // 2, "n0": 32 * head, "n1": 8 * head, "n2": 8 * head,
+            "s0": 2.0, "s1": 2.0, "s2": 2.0,
+            "R0": r, "R1": r % 64, "R2": r % 64, **_options((r,), head, size, kernel is turn_spread_kernel),
         }  # fmt: skip
+        if kernel is turn_spread_kernel:
+            for i, heads in enumerate((32, 8, 8)):
+                common |= {f"batch{i}": 2048 * heads * head, f"head{i}": head, f"token{i}": heads * head}
         options: dict[str, int] = {key: common.pop(key) for key in ("num_warps", "num_stages") if key in common}
         made.append(Build(name, kernel, arguments | common, options, products=size == 2))
 
@@ -284,10 +289,9 @@ def _builds() -> list[Build]:
         build(f"expand and turn, {label}, r {r}", expand_turn_kernel, r, size, ends)
         names = ("g0_ptr", "g1_ptr", "g2_ptr", "h0_ptr", "h1_ptr", "h2_ptr", "p_ptr", "all_ptr", "cos_ptr", "sin_ptr")
         arguments: dict[str, Any] = {**dict.fromkeys(names, dtype), "db_ptr": tl.float32, "DB": True, "ATOMIC": True}
-        for i, heads in enumerate((32, 8, 8)):
-            arguments |= {f"batch{i}": 2048 * heads * 128, f"head{i}": 128, f"token{i}": heads * 128}
         build(f"turn and spread, {label}, r {r}", turn_spread_kernel, r, size, arguments)
         if (r, size) == (16, 2):
+            build(f"turn and spread, {label}, r {r}, heads of 64", turn_spread_kernel, r, size, arguments, 64)
             staged = arguments | {"ATOMIC": False}
             build(f"turn and spread, {label}, r {r}, two stages", turn_spread_kernel, r, size, staged)
     return made

@@ -20,8 +20,9 @@ SIZES = [
     (1, 70, 10, (2, 1, 1), (16, 0, 16)),
     (3, 5, 40, (1, 1, 1), (0, 64, 0)),
     (2, 20, 34, (1, 1, 2), (0, 0, 3)),
+    (1, 3, 140, (1, 2, 1), (2, 1, 0)),  # halves of more than one block
 ]
-PAIRS = [(size, torch.bfloat16) for size in SIZES] + [(SIZES[i], dtype) for i in (1, 2) for dtype in DTYPES[::2]]
+PAIRS = [(size, torch.bfloat16) for size in SIZES] + [(SIZES[i], dtype) for i in (1, 2, 5) for dtype in DTYPES[::2]]
 
 
 def factors(ranks: tuple[int, ...], heads: tuple[int, ...], width: int) -> list[Tensor]:
