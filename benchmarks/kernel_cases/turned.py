@@ -14,12 +14,12 @@ R, SCALES = 16, [2.0, 2.0, 2.0]
 
 
 def results(head: int, h: Tensor, bs: Sequence[Tensor], gs: Sequence[Tensor], y: Tensor, **how: Any) -> list[Tensor]:
-    """Returns turned queries and keys, values, P, the gradients beside each other, and all dB."""
+    """Returns turned queries and keys beside values, P, the gradients beside each other, and all dB."""
     y, dtype, length = y.clone(), y.dtype, gs[0].shape[2]
     cos, sin = angles(length, head, y.device, dtype)
-    last = expand_turn(y, h, bs, SCALES, cos, sin, length, head, **how)
+    expand_turn(y, h, bs, SCALES, cos, sin, length, head, **how)
     back = turn_spread(gs, bs, torch.split(h, R), SCALES, cos, sin, length, head, **how)
-    return [y[:, : -len(bs[2])], last, *back]
+    return [y, *back]
 
 
 def angles(length: int, head: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from lit_peft.kernels.build import Build
 from lit_peft.kernels.norm import stacked
+from lit_peft.kernels.shrink import turned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -170,11 +171,6 @@ def _forward(rows: int, pad: int, itemsize: int) -> dict[str, int]:
 
 def _backward(rows: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK_M": _height(rows, itemsize), "BLOCK_K": 256 // itemsize, "num_warps": 8, "num_stages": 3}
-
-
-def turned(h: Tensor | None) -> bool:
-    """Return whether it is H^T that lies in memory row by row, of H (r, rows)."""
-    return h is not None and not h.is_contiguous()
 
 
 def _tiles(itemsize: int) -> dict[str, int]:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from lit_peft.kernels.build import Build
-from lit_peft.kernels.shrink import padded
+from lit_peft.kernels.shrink import padded, turned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,11 +33,15 @@ def _tile(y_ptr, row, column, rows, width, stride):
 
 
 @triton.jit
-def _narrow(h_ptr, row, rows, R: tl.constexpr, PAD: tl.constexpr):
-    """Some columns of H (R, rows), padded with zeros to (PAD, BLOCK_M)."""
+def _narrow(h_ptr, row, rows, R: tl.constexpr, PAD: tl.constexpr, TURNED: tl.constexpr):
+    """Some columns of H (R, rows), of which H or, where TURNED, H^T lies in memory, padded to (PAD, BLOCK_M)."""
     at = tl.arange(0, PAD)[:, None]
     inside = (at < R) & (row < rows)[None, :]
-    return tl.load(h_ptr + at.to(tl.int64) * rows + row[None, :], mask=inside, other=0.0)
+    if TURNED:
+        place = row[None, :] * R + at
+    else:
+        place = at.to(tl.int64) * rows + row[None, :]
+    return tl.load(h_ptr + place, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -88,7 +92,8 @@ def gated_back_kernel(
     sum_ptr, count_ptr, rows, width, steps, d_stride, e_stride, g_stride, e_scale, g_scale,
     R_D: tl.constexpr, R_E: tl.constexpr, R_G: tl.constexpr,
     PAD_D: tl.constexpr, PAD_E: tl.constexpr, PAD_G: tl.constexpr, PAD: tl.constexpr,
-    AGAIN: tl.constexpr, ATOMIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    TURNED: tl.constexpr, AGAIN: tl.constexpr, ATOMIC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block of columns of [de | dg] (rows, 2 width), of h (rows, width) where AGAIN, and of dB (width, R) of both.
 
@@ -114,20 +119,20 @@ def gated_back_kernel(
         inside = (column < width)[:, None] & (row < rows)[None, :]
         e = _tile(e_ptr, row, column, rows, width, e_stride)
         if R_E > 0:
-            he = _narrow(he_ptr, row, rows, R_E, PAD_E)
+            he = _narrow(he_ptr, row, rows, R_E, PAD_E, False)
             e += e_scale * tl.dot(be, he, input_precision="ieee")
         share = tl.sigmoid(e)
         silu = e * share
         slope = share + silu * (1 - share)
         t = _tile(d_ptr, row, column, rows, width, d_stride)
         if R_D > 0:
-            t += tl.dot(ad, _narrow(pd_ptr, row, rows, R_D, PAD_D), input_precision="ieee")
+            t += tl.dot(ad, _narrow(pd_ptr, row, rows, R_D, PAD_D, TURNED), input_precision="ieee")
         place = both_ptr + row[None, :] * (2 * width) + column[:, None]
         dg = (t * silu).to(both_ptr.dtype.element_ty)
         tl.store(place + width, dg, mask=inside)
         g = _tile(g_ptr, row, column, rows, width, g_stride)
         if R_G > 0:
-            hg = _narrow(hg_ptr, row, rows, R_G, PAD_G)
+            hg = _narrow(hg_ptr, row, rows, R_G, PAD_G, False)
             g += g_scale * tl.dot(bg, hg, input_precision="ieee")
             _shrunk(dg, bg, sum_ptr + R_E * rows, row, rows, g_scale, R_G, R_E + R_G, PAD_G, ATOMIC)
             db_g += tl.dot(dg, tl.trans(hg), input_precision="ieee")
@@ -138,7 +143,7 @@ def gated_back_kernel(
         tl.store(place, de, mask=inside)
         if R_E > 0:
             _shrunk(de, be, sum_ptr, row, rows, e_scale, R_E, R_E + R_G, PAD_E, ATOMIC)
-            he = _narrow(he_ptr, row, rows, R_E, PAD_E)  # again: held since e, it would take registers
+            he = _narrow(he_ptr, row, rows, R_E, PAD_E, False)  # again: held since e, it would take registers
             db_e += tl.dot(de, tl.trans(he), input_precision="ieee")
     if R_E > 0:
         _added(db_ptr, e_scale * db_e, column, width, R_E, PAD_E)
@@ -172,7 +177,7 @@ def gated_back(
 
     Args:
         d: (rows, f), with unit stride in a row, like e and g.
-        p_d: P_d (r, rows), or None.
+        p_d: P_d (r, rows), itself contiguous or turned over, or None.
         a_d: A_d (r, f), or None.
         e: e0.
         g: g0.
@@ -198,11 +203,12 @@ def gated_back(
     db, sums, counts = numbers[: r * width], numbers[r * width :], numbers[r * (width + rows) :]
     if not atomic:
         sums = torch.empty((groups, r, rows), dtype=torch.float32, device=e.device)
-    parts = [e if part is None else part.contiguous() for part in (p_d, a_d, h_e, b_e, h_g, b_g)]
+    parts = [e if part is None else part.contiguous() for part in (a_d, h_e, b_e, h_g, b_g)]
+    parts.insert(0, e if p_d is None else p_d)
     gated_back_kernel[(groups, strips)](
         d, *parts[:2], e, g, *parts[2:], both, out, p, db, sums, counts, rows, width, steps,
         d.stride(0), e.stride(0), g.stride(0), s_e, s_g, R_D=r_d, R_E=r_e, R_G=r_g, PAD_D=padded(r_d),
-        PAD_E=padded(r_e), PAD_G=padded(r_g), PAD=padded(r), AGAIN=again, ATOMIC=atomic, **options,
+        PAD_E=padded(r_e), PAD_G=padded(r_g), PAD=padded(r), TURNED=turned(p_d), AGAIN=again, ATOMIC=atomic, **options,
     )  # fmt: skip
     return both, out, p if atomic else sums.sum(0).to(e.dtype), db
 
@@ -227,7 +233,8 @@ def _builds() -> list[Build]:
             **dict.fromkeys(names, dtype), **dict.fromkeys(exact, tl.float32), "rows": 8192, "width": 14336,
             "steps": ROWS // blocks["BLOCK_M"], "d_stride": 14336, "e_stride": 28672, "g_stride": 28672,
             "e_scale": 2.0, "g_scale": 2.0, "R_D": r_d, "R_E": r_e, "R_G": r_g, "PAD_D": padded(r_d),
-            "PAD_E": padded(r_e), "PAD_G": padded(r_g), "PAD": padded(r_e + r_g), "AGAIN": True, "ATOMIC": atomic,
+            "PAD_E": padded(r_e), "PAD_G": padded(r_g), "PAD": padded(r_e + r_g), "ATOMIC": atomic,
+            "TURNED": True, "AGAIN": True,
         }  # fmt: skip
         products = sum(ranks) > 0 and size == 2
         made.append(Build(label, gated_back_kernel, arguments | blocks, options, products))

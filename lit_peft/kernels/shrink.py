@@ -92,6 +92,11 @@ def padded(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
+def turned(h: Tensor | None) -> bool:
+    """Return whether it is H^T that lies in memory row by row, of H (r, rows)."""
+    return h is not None and not h.is_contiguous()
+
+
 def blocks(r: int, itemsize: int, dropped: bool = False) -> dict[str, Any]:
     """Return the block sizes and warps for a rank, by the bytes of an entry; random numbers take registers."""
     if itemsize > 2:

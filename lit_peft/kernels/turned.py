@@ -50,11 +50,11 @@ def _expand_head(
 
 @triton.jit
 def expand_turn_kernel(
-    y_ptr, last_ptr, h_ptr, b0_ptr, b1_ptr, b2_ptr, cos_ptr, sin_ptr, rows, length, angles_batch, half, n0, n1, n2,
+    y_ptr, h_ptr, b0_ptr, b1_ptr, b2_ptr, cos_ptr, sin_ptr, rows, length, angles_batch, half, n0, n1, n2,
     s0, s1, s2, R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, PAD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Some rows of a block of one head of queries or keys (rows, n0 + n1 + n2), or of values, which go to `last`."""
+    """Some rows of a block of one head of queries or keys (rows, n0 + n1 + n2), or of values, in place."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     block, total, across = tl.program_id(1), n0 + n1 + n2, tl.cdiv(half, BLOCK_N)
     first, second = n0 // (2 * half) * across, n1 // (2 * half) * across
@@ -73,7 +73,7 @@ def expand_turn_kernel(
         y2, h2 = y_ptr + n0 + n1, h_ptr + (R0 + R1) * rows
         v = _expanded(y2, h2, b2_ptr, row, column, rows, n2, total, s2, R2, PAD, BLOCK_M, 2 * BLOCK_N)
         inside = (row < rows)[:, None] & (column < n2)[None, :]
-        tl.store(last_ptr + row[:, None] * n2 + column[None, :], v.to(last_ptr.dtype.element_ty), mask=inside)
+        tl.store(y2 + row[:, None] * total + column[None, :], v.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -184,8 +184,8 @@ def expand_turn(
     sin: Tensor,
     length: int,
     width: int,
-) -> Tensor:
-    """Change queries and keys in y (rows, sum of n_i), contiguous, in place; return the values with their update.
+) -> None:
+    """Add the updates in y (rows, sum of n_i), contiguous, and turn queries and keys, in place.
 
     Args:
         y: the three layers' outputs beside each other.
@@ -197,19 +197,15 @@ def expand_turn(
         length: of a sequence; row i is of the place i % length.
         width: of a head; n_i are multiples of it.
     """
-    import torch
-
     rows, ranks, sizes = len(y), [b.shape[1] for b in bs], [len(b) for b in bs]
-    last = torch.empty((rows, sizes[2]), dtype=y.dtype, device=y.device)
     options = _options(ranks, width, y.element_size(), False)
     turns = (sizes[0] + sizes[1]) // width * triton.cdiv(width // 2, options["BLOCK_N"])
     grid = triton.cdiv(rows, options["BLOCK_M"]), turns + triton.cdiv(sizes[2], 2 * options["BLOCK_N"])
     r0, r1, r2 = ranks
     expand_turn_kernel[grid](
-        y, last, h, *(b.contiguous() for b in bs), cos, sin, rows, length, _apart(cos), width // 2, *sizes, *scales,
+        y, h, *(b.contiguous() for b in bs), cos, sin, rows, length, _apart(cos), width // 2, *sizes, *scales,
         R0=r0, R1=r1, R2=r2, **options,
     )  # fmt: skip
-    return last
 
 
 def turn_spread(
@@ -285,7 +281,7 @@ def _builds() -> list[Build]:
         ("bf16", tl.bfloat16, 2, 64),
         ("fp32", tl.float32, 4, 16),
     ):
-        ends: dict[str, Any] = dict.fromkeys(("y_ptr", "last_ptr", "h_ptr", "cos_ptr", "sin_ptr"), dtype)
+        ends: dict[str, Any] = dict.fromkeys(("y_ptr", "h_ptr", "cos_ptr", "sin_ptr"), dtype)
         build(f"expand and turn, {label}, r {r}", expand_turn_kernel, r, size, ends)
         names = ("g0_ptr", "g1_ptr", "g2_ptr", "h0_ptr", "h1_ptr", "h2_ptr", "p_ptr", "all_ptr", "cos_ptr", "sin_ptr")
         arguments: dict[str, Any] = {**dict.fromkeys(names, dtype), "db_ptr": tl.float32, "DB": True, "ATOMIC": True}

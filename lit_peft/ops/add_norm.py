@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lit_peft.ops.choice import takes_kernel
 from lit_peft.ops.packed import DTYPES, MOST
+from lit_peft.ops.shrink import either
 
 
 def fits(x: Tensor, weight: Tensor | None, *ranks: int) -> bool:
@@ -202,17 +203,12 @@ def _solid(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _either(h: Tensor | None) -> Tensor | None:
-    """Return H (r, rows) so that it or H^T lies in memory row by row: narrow products come in both ways."""
-    return h if h is not None and h.t().is_contiguous() else _solid(h)
-
-
 # As registered operations the launches have shapes without data: fake tensors, the memory count and compilers see them.
 @torch.library.custom_op("lit_peft::add_expand", mutates_args=())
 def _add_expand(x: Tensor, y: Tensor, h: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
     from lit_peft.kernels.add_norm import add_expand
 
-    return add_expand(x.contiguous(), y.contiguous(), _either(h), _solid(b), scale)
+    return add_expand(x.contiguous(), y.contiguous(), either(h), _solid(b), scale)
 
 
 @_add_expand.register_fake
@@ -233,7 +229,7 @@ def _add_norm_shrink(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from lit_peft.kernels.add_norm import add_norm_shrink
 
-    update = _either(h), _solid(b), scale
+    update = either(h), _solid(b), scale
     parts = [factor.contiguous() for factor in factors]
     return add_norm_shrink(x.contiguous(), y.contiguous(), *update, weight.contiguous(), eps, parts)
 

@@ -111,14 +111,14 @@ class _Enter(torch.autograd.Function):
         base = _product(y, parts.weight, parts.bias)
         bs = filled([None if pair is None else pair[1].detach() for pair in parts.pairs], parts.sizes, base)
         length, width = x.shape[1], cos.shape[-1]
-        values = expand_turn(base, h, bs, parts.scales, cos, sin, length, width, kernels=True)
-        queries, keys, _ = torch.split(base, list(parts.sizes), 1)
+        expand_turn(base, h, bs, parts.scales, cos, sin, length, width, kernels=True)
         ctx.save_for_backward(rows, rho, weight, parts.weight, cos, sin, h, stack, *factors)
         ctx.made = x.shape, parts.pairs, parts.sizes, parts.scales
         y = y.view(x.shape)
         ctx.mark_non_differentiable(y)
         ctx.set_materialize_grads(False)  # y would be given one
-        return x.view_as(x), y, *(out.view(*x.shape[:-1], out.shape[-1]) for out in (queries, keys, values))
+        found = torch.split(base, list(parts.sizes), 1)  # attention keeps all three, so that one tensor may hold them
+        return x.view_as(x), y, *(out.view(*x.shape[:-1], out.shape[-1]) for out in found)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lit_peft.ops.choice import takes_kernel
 from lit_peft.ops.packed import DTYPES, MOST
+from lit_peft.ops.shrink import either
 
 Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -143,7 +144,7 @@ def _gated_back(
     from lit_peft.kernels.gated_back import gated_back
 
     d, e, g = (x if x.stride(1) == 1 else x.contiguous() for x in (d, e, g))
-    return gated_back(d, p_d, a_d, e, g, h_e, b_e, s_e, h_g, b_g, s_g, again)
+    return gated_back(d, either(p_d), a_d, e, g, h_e, b_e, s_e, h_g, b_g, s_g, again)
 
 
 @_gated_back.register_fake

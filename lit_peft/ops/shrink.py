@@ -45,6 +45,11 @@ def _even(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def either(h: Tensor | None) -> Tensor | None:
+    """Return H (r, rows) so that it or H^T lies in memory row by row: narrow products come in both ways."""
+    return h if h is None or h.t().is_contiguous() else h.contiguous()
+
+
 @torch.library.custom_op("lit_peft::shrink", mutates_args=())
 def shrink(
     x: Tensor, a: Tensor, gain: Tensor | None, scale: float, p: float, seed: int, pad: int

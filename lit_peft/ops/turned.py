@@ -47,17 +47,16 @@ def expand_turn_reference(
     sin: Tensor,
     length: int,
     width: int,
-) -> Tensor:
-    """Return what `expand_turn` does, and change y as it does, with plain operations."""
+) -> None:
+    """Change y as `expand_turn` does, with plain operations."""
     y0, y1, y2 = torch.split(y, [len(b) for b in bs], 1)
-    last, hs = y2.clone(), torch.split(h, [b.shape[1] for b in bs])
-    for part, b, h_i, scale in zip((y0, y1, last), bs, hs, scales, strict=True):
+    hs = torch.split(h, [b.shape[1] for b in bs])
+    for part, b, h_i, scale in zip((y0, y1, y2), bs, hs, scales, strict=True):
         if b.shape[1]:
             part.addmm_(h_i.t(), b.to(y.dtype).t(), alpha=scale)
     for part in (y0, y1):
         heads = part.view(len(y) // max(1, length), length, part.shape[1] // width, width)
         heads.copy_(heads * cos[:, :, None] + rotate_half(heads) * sin[:, :, None])
-    return last
 
 
 def expand_turn(
@@ -71,11 +70,11 @@ def expand_turn(
     width: int,
     *,
     kernels: bool | None = None,
-) -> Tensor:
-    """Return the values with their update; queries and keys get theirs, and are turned, in place.
+) -> None:
+    """Add the updates of queries, keys and values, and turn the first two, in place.
 
     Args:
-        y: (batch * length, n_0 + n_1 + n_2), contiguous; of its last n_2 columns nothing is changed.
+        y: (batch * length, n_0 + n_1 + n_2), contiguous.
         h: H (sum of r_i, batch * length), in y's dtype.
         bs: B_i (n_i, r_i), in any floating dtype; r_i is 0 where there is no update.
         scales: s_i.
@@ -85,19 +84,17 @@ def expand_turn(
         width: of a head, even.
         kernels: whether to launch the kernel, which takes what `fits`.
 
-    Returns:
-        (batch * length, n_2), of memory of its own.
-
     Example:
         >>> y, b = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]), torch.ones(2, 1)
         >>> zero, one = torch.zeros(1, 1, 2), torch.ones(1, 1, 2)  # by a right angle
-        >>> expand_turn(y, torch.ones(3, 1), [b, b, b], [1.0, 1.0, 2.0], zero, one, 1, 2).tolist(), y.tolist()
-        ([[7.0, 8.0]], [[-3.0, 2.0, -5.0, 4.0, 5.0, 6.0]])
+        >>> expand_turn(y, torch.ones(3, 1), [b, b, b], [1.0, 1.0, 2.0], zero, one, 1, 2)
+        >>> y.tolist()
+        [[-3.0, 2.0, -5.0, 4.0, 7.0, 8.0]]
     """
     if takes_kernel("layer", y, bool(kernels), rows=len(y), width=len(bs[0])):
-        last: Tensor = _expand_turn(y, h, bs, scales, cos, sin, length, width)
-        return last
-    return expand_turn_reference(y, h, bs, scales, cos, sin, length, width)
+        _expand_turn(y, h, bs, scales, cos, sin, length, width)
+    else:
+        expand_turn_reference(y, h, bs, scales, cos, sin, length, width)
 
 
 def turn_spread_reference(
@@ -180,24 +177,10 @@ def _expand_turn(
     sin: Tensor,
     length: int,
     width: int,
-) -> Tensor:
+) -> None:
     from lit_peft.kernels.turned import expand_turn as launch
 
-    return launch(y, h.contiguous(), bs, scales, cos.contiguous(), sin.contiguous(), length, width)
-
-
-@_expand_turn.register_fake
-def _(
-    y: Tensor,
-    h: Tensor,
-    bs: Sequence[Tensor],
-    scales: Sequence[float],
-    cos: Tensor,
-    sin: Tensor,
-    length: int,
-    width: int,
-) -> Tensor:
-    return y.new_empty((len(y), len(bs[2])))
+    launch(y, h.contiguous(), bs, scales, cos.contiguous(), sin.contiguous(), length, width)
 
 
 @torch.library.custom_op("lit_peft::turn_spread", mutates_args=())

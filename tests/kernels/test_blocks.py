@@ -57,23 +57,19 @@ def counted(layer: nn.Module, x: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[
 
 
 def test_operations_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LoRA on all seven linear layers of a Llama layer, which plain operations compute in 62 + 98.
-
-    Two layers have a border, which is filled by two copies each, once for an optimizer step.
-    """
+    """LoRA on all seven linear layers of a Llama layer, which plain operations compute in 62 + 98."""
     model = adapted(tiny(), LoRAConfig(r=2)).float().to(DEVICE)
     make_lean(model)
     x = torch.randn(1, 4, 32, device=DEVICE, requires_grad=True)
     turns = model.model.rotary_emb(x, torch.arange(4, device=DEVICE)[None])
     monkeypatch.setenv("LIT_PEFT_KERNELS", "1")
     forward, backward = counted(model.model.layers[1], x, turns)
-    assert forward.count("aten::copy_") <= 4
-    assert len(forward) <= 14 + 4, forward
-    assert len(backward) <= 28, backward
+    assert len(forward) <= 12, forward
+    assert len(backward) <= 16, backward
     monkeypatch.setenv("LIT_PEFT_KERNELS", "0")
     plain = counted(model.model.layers[1], x, turns)
-    assert len(forward) <= 0.3 * len(plain[0])
-    assert len(backward) <= 0.4 * len(plain[1])
+    assert len(forward) <= 0.2 * len(plain[0])
+    assert len(backward) <= 0.2 * len(plain[1])
 
 
 def test_no_more_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
