@@ -26,6 +26,7 @@ class Case:
         moved: bytes that have to be read and written at least; the floor of a kernel bound by memory.
         products: floating-point operations of its matrix products; the floor of one bound by arithmetic.
         tolerance: the largest relative error (norms) of the kernel against `exact`.
+        part: which of several kernels of the op, if it has several; the crossover is one that all of them pass.
     """
 
     op: str
@@ -36,11 +37,16 @@ class Case:
     moved: int
     products: int = 0
     tolerance: float = 1e-2
+    part: str = ""
 
     @property
     def name(self) -> str:
-        """Return the op with its sizes."""
-        return f"{self.op}, " + ", ".join(f"{key} {value}" for key, value in self.sizes.items())
+        """Return the op with its part and sizes."""
+        return (
+            f"{self.op}, "
+            + (f"{self.part}, " if self.part else "")
+            + ", ".join(f"{key} {value}" for key, value in self.sizes.items())
+        )
 
 
 def all_cases(small: bool) -> list[Case]:

@@ -38,6 +38,6 @@ def cases(small: bool) -> list[Case]:
         # x, y, x2 and the norm's output; x2, y and the sum; g, y, x2, dx and the output again
         moved = 2 * (4 + 3 + 5) * rows * width
         products = 2 * (1 + 2 + 1 + 2) * R * rows * width
-        return Case("layer", {"rows": rows, "width": width}, make, run, exact, moved, products)
+        return Case("layer", {"rows": rows, "width": width}, make, run, exact, moved, products, part="norms")
 
     return [case(*size) for size in sizes]

@@ -7,24 +7,18 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernel_cases import Case
-from lit_peft.ops.choice import takes_kernel
 from lit_peft.ops.gated_back import gated_back
 
 R, SCALE = 16, 2.0
 
 
-def results(tensors: Sequence[Tensor], kernels: bool) -> Sequence[Tensor]:
+def run(*tensors: Tensor, kernels: bool | None) -> Sequence[Tensor]:
     d, p_d, a_d, e, g, h_e, b_e, h_g, b_g = tensors
     return gated_back(d, p_d, a_d, e, g, h_e, b_e, SCALE, h_g, b_g, SCALE, True, kernels=kernels)
 
 
-def run(*tensors: Tensor, kernels: bool | None) -> Sequence[Tensor]:
-    d = tensors[0]
-    return results(tensors, takes_kernel("layer", d, kernels, rows=len(d), width=d.shape[1]))
-
-
 def exact(*tensors: Tensor) -> Sequence[Tensor]:
-    return results([tensor.double() for tensor in tensors], kernels=False)
+    return run(*(tensor.double() for tensor in tensors), kernels=False)
 
 
 def cases(small: bool) -> list[Case]:
@@ -43,6 +37,15 @@ def cases(small: bool) -> list[Case]:
             return [d, p_d, a_d, e, g, *low]
 
         moved = 2 * rows * 6 * f  # d, e0 and g0 read; de, dg and h written
-        return Case("layer", {"rows": rows, "width": width}, make, run, exact, moved, products=7 * 2 * R * rows * f)
+        return Case(
+            "layer",
+            {"rows": rows, "width": width},
+            make,
+            run,
+            exact,
+            moved,
+            7 * 2 * R * rows * f,
+            part="back through the MLP",
+        )
 
     return [case(*size) for size in sizes]

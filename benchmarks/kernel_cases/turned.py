@@ -52,6 +52,8 @@ def cases(small: bool) -> list[Case]:
 
         # y copied, since it is changed, read and written; G read and written
         moved = 2 * rows * sum(sizes) * 6
-        return Case("layer", {"rows": rows, "width": width}, make, run, exact, moved, 6 * rows * sum(sizes) * R)
+        return Case(
+            "layer", {"rows": rows, "width": width}, make, run, exact, moved, 6 * rows * sum(sizes) * R, part="turned"
+        )
 
     return [case(*size) for size in sizes]

@@ -37,7 +37,7 @@ def fits(x: Tensor, weight: Tensor | None, *ranks: int) -> bool:
 def _launches(x: Tensor, weight: Tensor | None, kernels: bool | None, *ranks: int) -> bool:
     if not fits(x, weight, *ranks):
         return False
-    return takes_kernel("layer", x, bool(kernels), rows=len(x), width=x.shape[1])
+    return takes_kernel("layer", x, kernels, rows=len(x), width=x.shape[1])
 
 
 def add_expand(
@@ -51,7 +51,7 @@ def add_expand(
         h: H (r, rows) in x's dtype, or None.
         b: B (width, r) in any floating dtype, or None.
         scale: s.
-        kernels: whether to launch the kernel.
+        kernels: whether to launch the kernel; None: as measured.
 
     Example:
         >>> import torch
@@ -95,7 +95,7 @@ def add_norm_shrink(
         weight: w (width,), in x's dtype.
         eps: added to the mean square.
         factors: A_i (r_i, width), one to three, in any floating dtype.
-        kernels: whether to launch the kernel.
+        kernels: whether to launch the kernel; None: as measured.
 
     Returns:
         x2 (rows, width), the norm's output (rows, width), rho (rows,) in float32, A out^T (sum of r_i, rows), and A
@@ -157,7 +157,7 @@ def norm_back(
         weight: w (width,), in x's dtype, frozen.
         rho: (rows,) as `add_norm_shrink` returns it.
         again: whether the output is wanted.
-        kernels: whether to launch the kernel.
+        kernels: whether to launch the kernel; None: as measured.
 
     Returns:
         dx (rows, width), and the norm's output (rows, width), or an empty tensor where it is not wanted.

@@ -64,7 +64,7 @@ def gated_back(
         b_g: B_g, as B_e.
         s_g: s_g.
         again: whether h is wanted.
-        kernels: whether to launch the kernel.
+        kernels: whether to launch the kernel; None: as measured.
 
     Returns:
         [de | dg] (rows, 2 f); h (rows, f), or nothing; P (r_e + r_g, rows), all in d's dtype; dB_e and dB_g (f, r) in
@@ -80,7 +80,7 @@ def gated_back(
     """
     low = h_e, b_e, s_e, h_g, b_g, s_g
     r_d, r_e, r_g = (0 if h is None else len(h) for h in (p_d, h_e, h_g))
-    launch = fits(d, r_d, r_e, r_g) and takes_kernel("layer", d, bool(kernels), rows=len(d), width=d.shape[1])
+    launch = fits(d, r_d, r_e, r_g) and takes_kernel("layer", d, kernels, rows=len(d), width=d.shape[1])
     if not launch:
         return gated_back_reference(d, p_d, a_d, e, g, *low, again)
     both, out, p, sums = _gated_back(d, p_d, a_d, e, g, *low, again)

@@ -38,6 +38,11 @@ def fits(dtype: torch.dtype, sizes: Sequence[int], ranks: Sequence[int], width: 
     return heads and dtype in DTYPES and len(sizes) == 3 and 0 < sum(ranks) <= MOST
 
 
+def _launches(x: Tensor, bs: Sequence[Tensor], width: int, kernels: bool | None, rows: int) -> bool:
+    sizes, ranks = [len(b) for b in bs], [b.shape[1] for b in bs]
+    return fits(x.dtype, sizes, ranks, width) and takes_kernel("layer", x, kernels, rows=rows, width=sizes[0])
+
+
 def expand_turn_reference(
     y: Tensor,
     h: Tensor,
@@ -82,7 +87,7 @@ def expand_turn(
         sin: their sines.
         length: places in a sequence.
         width: of a head, even.
-        kernels: whether to launch the kernel, which takes what `fits`.
+        kernels: whether to launch the kernel, where it `fits`; None: as measured.
 
     Example:
         >>> y, b = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]), torch.ones(2, 1)
@@ -91,7 +96,7 @@ def expand_turn(
         >>> y.tolist()
         [[-3.0, 2.0, -5.0, 4.0, 7.0, 8.0]]
     """
-    if takes_kernel("layer", y, bool(kernels), rows=len(y), width=len(bs[0])):
+    if _launches(y, bs, width, kernels, len(y)):
         _expand_turn(y, h, bs, scales, cos, sin, length, width)
     else:
         expand_turn_reference(y, h, bs, scales, cos, sin, length, width)
@@ -143,7 +148,7 @@ def turn_spread(
         sin: their sines.
         length: places in a sequence.
         width: of a head, even.
-        kernels: whether to launch the kernel, which takes what `fits`.
+        kernels: whether to launch the kernel, where it `fits`; None: as measured.
 
     Returns:
         P (sum of r_i, batch * length) and (batch * length, sum of n_i) in the gradients' dtype, and dB_i (n_i, r_i) in
@@ -156,7 +161,7 @@ def turn_spread(
         >>> p.tolist(), whole.tolist(), dbs[0].tolist()
         ([[1.0], [1.0], [6.0]], [[2.0, -1.0, 2.0, -1.0, 1.0, 2.0]], [[2.0], [-1.0]])
     """
-    if not takes_kernel("layer", gs[0], bool(kernels), rows=gs[0].shape[0] * length, width=len(bs[0])):
+    if not _launches(gs[0], bs, width, kernels, gs[0].shape[0] * length):
         return turn_spread_reference(gs, bs, hs, scales, cos, sin, length, width)
     p, whole, dbs = _turn_spread(gs, bs, hs or (), scales, cos, sin, length, width)
     if hs is None:

@@ -314,6 +314,7 @@ def test_what_cannot_have_one() -> None:
 
 
 def test_nothing_is_held_for_a_layer_that_is_gone() -> None:
+    gc.collect()  # those of other tests
     layer = layer_of(4, 4)
     border.surround(layer, 2)
     border.allow(nn.Sequential(layer))

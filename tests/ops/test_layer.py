@@ -159,24 +159,24 @@ def _hook(path: str) -> Callable[[Any], Any]:
     return lambda model: model.get_submodule(path).register_forward_hook(lambda module, args, out: None)
 
 
-@pytest.mark.parametrize(
-    ("change", "left"),
-    [
-        (_hook("model.layers.0.mlp"), 1),
-        (_hook("model.layers.0.self_attn"), 1),
-        (_hook("model.layers.0.input_layernorm"), 1),
-        (_hook("model.layers.0.self_attn.o_proj"), 1),
-        (_hook("model.layers.0.mlp.up_proj.base"), 1),
-        (_hook("model.layers.0.mlp.act_fn"), 1),
-        (_hook("model.layers.0"), 2),  # is called as ever
-        (lambda model: model.model.layers[1].post_attention_layernorm.weight.requires_grad_(), 1),
-        (lambda model: model.model.layers[1].mlp.down_proj.base.weight.requires_grad_(), 1),
-        (lambda model: setattr(model.model.layers[1].mlp, "act_fn", nn.GELU()), 1),
-        (lambda model: make_plain(model), 0),
-    ],
-    ids=str,
-)
-def test_it_is_the_models_own_where_it_has_to_be(change: Any, left: int, calls: list[str]) -> None:
+CHANGES: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "a hook on the MLP": (_hook("model.layers.0.mlp"), 1),
+    "on the attention": (_hook("model.layers.0.self_attn"), 1),
+    "on a norm": (_hook("model.layers.0.input_layernorm"), 1),
+    "on an adapter": (_hook("model.layers.0.self_attn.o_proj"), 1),
+    "on its base": (_hook("model.layers.0.mlp.up_proj.base"), 1),
+    "on the activation": (_hook("model.layers.0.mlp.act_fn"), 1),
+    "on the layer, which is called as ever": (_hook("model.layers.0"), 2),
+    "a trained norm": (lambda model: model.model.layers[1].post_attention_layernorm.weight.requires_grad_(), 1),
+    "a trained weight": (lambda model: model.model.layers[1].mlp.down_proj.base.weight.requires_grad_(), 1),
+    "another activation": (lambda model: setattr(model.model.layers[1].mlp, "act_fn", nn.GELU()), 1),
+    "made plain": (make_plain, 0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_it_is_the_models_own_where_it_has_to_be(name: str, calls: list[str]) -> None:
+    change, left = CHANGES[name]
     model = adapted(tiny())
     make_lean(model)
     change(model)
