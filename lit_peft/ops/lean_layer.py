@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_peft.ops import fused_layer
-from lit_peft.ops.choice import takes_kernel
+from lit_peft.ops.choice import measured, takes_kernel
 from lit_peft.ops.fused_layer import Fused
 from lit_peft.ops.layer import Group, Rest, enter, leave
 from lit_peft.ops.lean_blocks import LeanAttention, LeanMLP, LeanNorm, is_silu, says
@@ -129,7 +129,9 @@ def _fused(layer: Any, x: Tensor, turned: Any) -> Fused | None:
 
 def _groups(layer: Any, x: Tensor) -> tuple[Group, Rest] | None:
     """Return what is in front of the attention and what is behind it, or None where layers are better by themselves."""
-    if x.is_cuda or layer.self_attn.pays(x) or layer.mlp.pays(x):
+    if layer.self_attn.pays(x) or layer.mlp.pays(x):
+        return None
+    if x.is_cuda and measured().get(torch.cuda.get_device_name(x.device)):  # the blocks know which kernels win
         return None
     found = [_group(children, x) for children in _parts(layer)]
     first, o, inner, down = found
