@@ -6,6 +6,7 @@
 All linear layers are frozen, each with a low-rank update s B A or none; the norms are frozen RMS norms, see `norm`. The
 sums over the layers that read y, and over what reads x, are made in place: none has a tensor of its own. Kept are x,
 x', a, e and g, and what is rank r; y, y' and h are made again, and silu(e) once for both of its uses on the way back.
+Where e and g are very wide, so that they are most of it, x' is computed again too, by one more product with W of o.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from torch.nn import functional as F
 from lit_peft.ops.low_rank import product
 from lit_peft.ops.norm import normalised
 from lit_peft.ops.packed import Pair
+
+WIDE = (
+    4  # how many times wider e is than x where x' is computed again: what is kept would be over 24 bytes of its width
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class _Read:
 
     def outputs(self, y: Tensor, biases: Sequence[Tensor | None], onto: Tensor | None = None) -> list[Tensor]:
         """Return y W_i^T + c_i + s_i H_i^T B_i^T (rows, out_i), added to what is there already; H is kept."""
-        if self.stack is not None:
+        if self.stack is not None and self.h is None:
             self.h = self.stack @ y.t()
         found = []
         for weight, bias in zip(self.weights, biases, strict=True):
@@ -245,17 +250,21 @@ class _Leave(torch.autograd.Function):
         e, g = inner.outputs(y, rest.inner.biases)
         (out,) = down.outputs(F.silu(e).mul_(g), rest.down.biases, middle)
         weights = [weight for group in rest.groups for weight in group.weights]
-        kept = (None if o.h is None else seen, middle, rho, rest.weight, e, g)
+        again = e.shape[1] >= WIDE * rows.shape[1]
+        first = (None if o.h is None and not again else seen, rows if again else middle, rest.o.biases[0])
+        kept = (*first, rho, rest.weight, e, g)
         ctx.save_for_backward(*kept, *weights, o.h, inner.h, down.h, *factors)
-        ctx.made = x.shape, a.shape, scales, [factor.dtype for factor in factors]
+        ctx.made = x.shape, a.shape, scales, [factor.dtype for factor in factors], again
         return torch.ops.aten._unsafe_view(out, x.shape)  # type: ignore[no-any-return]  # a view could not be changed in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        seen, middle, rho, weight, e, g, *saved = ctx.saved_tensors
-        shape, a_shape, scales, kinds = ctx.made
+        seen, middle, bias, rho, weight, e, g, *saved = ctx.saved_tensors
+        shape, a_shape, scales, kinds, again = ctx.made
         o, inner, down = _again(scales, saved, middle)
+        if again:  # x is kept in any case, for the norm in front of the attention
+            (middle,) = o.outputs(seen, [bias], middle)
         slope = gradient.reshape(-1, gradient.shape[-1])
 
         p, down_dbs = down.narrow([slope])

@@ -30,7 +30,7 @@ from lit_peft.ops import low_rank
 from lit_peft.ops.border import Border
 from lit_peft.ops.choice import takes_kernel
 from lit_peft.ops.low_rank import dropped, inner_gradients, narrow, outer
-from lit_peft.ops.recipes import as_dtype, autocasting, noted, recording, watched
+from lit_peft.ops.recipes import as_dtype, autocasting, noted, recording, watched, whole
 from lit_peft.ops.shrink import dyb_db, shrink, sizes, spread, takes
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -49,9 +49,10 @@ def joins(base: nn.Module, x: Tensor, *, casts: bool = False) -> TypeGuard[nn.Li
         return False
     weight, bias = base._parameters["weight"], base._parameters["bias"]
     return (
-        type(weight) is nn.Parameter
+        weight is not None
+        and whole(weight)
         and not weight.requires_grad
-        and (bias is None or (type(bias) is nn.Parameter and not bias.requires_grad))
+        and (bias is None or (whole(bias) and not bias.requires_grad))
         and (x.dtype in FLOATS and weight.dtype in FLOATS if autocasting(x) else weight.dtype == x.dtype)
         and x.numel() > 0
         and not watched(base)

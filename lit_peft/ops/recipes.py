@@ -115,6 +115,11 @@ def recording() -> bool:
     return eager() and torch.is_grad_enabled()
 
 
+def whole(parameter: Any) -> bool:
+    """Return whether a parameter is a tensor as any other: not a shard of one, nor quantised."""
+    return type(parameter) is nn.Parameter
+
+
 def watched(module: nn.Module) -> bool:
     """Return whether somebody has to see that a module is called: it has hooks, or a forward of its own."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

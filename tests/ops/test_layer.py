@@ -69,6 +69,21 @@ def test_against_float64(r: int, dtype: torch.dtype, calls: list[str]) -> None:
         agree(one, other, 4 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("without", ["none", "o_proj", "down_proj"])
+def test_layers_that_are_wide_inside(without: str, calls: list[str]) -> None:
+    """Of which one sum is computed again."""
+    model = tiny(intermediate_size=128, attention_bias=True)
+    adapted(model)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear) and path.endswith(without):
+            model.set_submodule(path, module.base)
+    nn.init.normal_(model.model.layers[0].self_attn.o_proj.bias)
+    wanted = results(model)
+    make_lean(model)
+    same(results(model), wanted, 5e-6)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("without", ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "self_attn", "mlp", "_proj"])
 def test_layers_without_an_adapter(without: str, calls: list[str]) -> None:
     """Those of one kind, all of an attention or an MLP, or all of the second layer."""

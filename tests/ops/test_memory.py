@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_peft import LoRAConfig, place
 from lit_peft.low_rank.linear import LoRALinear
-from lit_peft.ops import low_rank
+from lit_peft.ops import lora_linear, low_rank
 from lit_peft.ops.lean import make_lean
 
 TOKENS, R = 4096, 16
@@ -93,6 +93,7 @@ def per_token_and_layer(arm: str, size: str, dropout: float = 0.0) -> float:
 @pytest.fixture(autouse=True)
 def seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(low_rank, "drawn", lambda p: 1)  # a number cannot be drawn where nothing is computed
+    monkeypatch.setattr(lora_linear, "whole", lambda parameter: isinstance(parameter, nn.Parameter))  # fake ones too
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -103,9 +104,12 @@ def test_eight_billion(dropout: float) -> None:
     assert ours <= 0.6 * theirs
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_one_billion(dropout: float) -> None:
-    """As above with e and g 8 each: this shape is wider inside, 25 and what is rank r."""
+@pytest.mark.parametrize(("dropout", "most"), [(0.0, 24), (0.1, 26)])
+def test_one_billion(dropout: float, most: int) -> None:
+    """As above with e and g 8 each, as this shape is wider inside, and h' computed again: 23, and what is rank r.
+
+    With dropout, layers are called one by one and h' is kept: 25.
+    """
     ours, theirs = per_token_and_layer("ours", "1B", dropout), per_token_and_layer("peft", "1B", dropout)
-    assert ours <= 26
+    assert ours <= most
     assert ours <= 0.6 * theirs
