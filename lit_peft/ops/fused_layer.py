@@ -20,14 +20,16 @@ import torch
 from torch import Tensor
 
 from lit_peft.ops.add_norm import add_expand, add_norm_shrink, norm_back
+from lit_peft.ops.gated import launch_gated
 from lit_peft.ops.gated_back import fits as fits_gated
 from lit_peft.ops.gated_back import gated_back
+from lit_peft.ops.norm import launch_norm_shrink
 from lit_peft.ops.packed import Pair, Parts, filled
 from lit_peft.ops.shrink import dyb_db, shrink, spread
 from lit_peft.ops.turned import expand_turn, turn_spread
 from lit_peft.ops.turned import fits as fits_turned
 
-launch_norm_shrink, launch_gated = torch.ops.lit_peft.norm_shrink, torch.ops.lit_peft.gated
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class _Enter(torch.autograd.Function):
         ctx.mark_non_differentiable(y)
         ctx.set_materialize_grads(False)  # y would be given one
         found = torch.split(base, list(parts.sizes), 1)  # attention keeps all three, so that one tensor may hold them
-        return x.view_as(x), y, *(out.view(*x.shape[:-1], out.shape[-1]) for out in found)
+        # not views, which could not be changed in place
+        return x.view_as(x), y, *(_unsafe_view(out, (*x.shape[:-1], out.shape[-1])) for out in found)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
@@ -137,7 +140,9 @@ class _Enter(torch.autograd.Function):
         das = _below(_outer(p, y, factors[0].dtype), pairs)
         found = [db for db, pair in zip(dbs, pairs, strict=True) if pair is not None]
         kinds = [factor.dtype for factor in factors]
-        return dx.view(shape), None, *(d.to(kind) for d, kind in zip([*das, *found], kinds, strict=True))
+        reached = 2 * [g is not None for g, pair in zip(gradients, pairs, strict=True) if pair is not None]
+        cast = (d.to(kind) if yes else None for d, kind, yes in zip([*das, *found], kinds, reached, strict=True))
+        return dx.view(shape), None, *cast
 
 
 def leave(x: Tensor, a: Tensor, layer: Fused) -> Tensor:
@@ -189,7 +194,7 @@ class _Leave(torch.autograd.Function):
         weights = (weight, o.weight, inner.weight, down.weight)
         ctx.save_for_backward(None if z_o is None else seen, middle, rho, base, h, stack, z_o, z_d, *weights, *factors)
         ctx.made = x.shape, a.shape, layer
-        return torch.ops.aten._unsafe_view(out, x.shape)  # type: ignore[no-any-return]  # a view could not be changed
+        return _unsafe_view(out, x.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]

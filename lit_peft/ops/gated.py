@@ -56,7 +56,7 @@ def gated_product(e: Tensor, g: Tensor, *, kernels: bool | None = None) -> Tenso
 
 
 def _launched(e: Tensor, g: Tensor) -> Tensor:
-    product: Tensor = _gated(_rows(e), _rows(g), None, None, 1.0, None, None, 1.0)
+    product: Tensor = launch_gated(_rows(e), _rows(g), None, None, 1.0, None, None, 1.0)
     return product.view(e.shape)
 
 
@@ -121,7 +121,7 @@ def _again(
     if not launch:
         return silu_product(e, g)
     rest = iter(found)
-    product: Tensor = _gated(e, g, *_low(h, tuple(next(rest) if yes else None for yes in there), scales))
+    product: Tensor = launch_gated(e, g, *_low(h, tuple(next(rest) if yes else None for yes in there), scales))
     return product
 
 
@@ -141,7 +141,7 @@ class _Gated(torch.autograd.Function):
         base, stack, h = products(x, weight, bias, shrunk, factors[:2])
         e, g = torch.split(base, sizes, 1)
         if launch:
-            product = _gated(e, g, *_low(h, bs, scales))
+            product = launch_gated(e, g, *_low(h, bs, scales))
         else:
             for i, b, at in inner(bs):
                 (e, g)[i].addmm_(h[at].t(), b.t(), alpha=scales[i])
@@ -174,7 +174,7 @@ def _rows(x: Tensor) -> Tensor:
 
 # As registered operations the launches have shapes without data: fake tensors, the memory count and compilers see them.
 @torch.library.custom_op("lit_peft::gated", mutates_args=())
-def _gated(
+def launch_gated(
     e: Tensor,
     g: Tensor,
     h_e: Tensor | None,
@@ -184,12 +184,13 @@ def _gated(
     b_g: Tensor | None,
     s_g: float,
 ) -> Tensor:
+    """Return silu(e) g (rows, f), of e0 and g0 and their updates; see `_low` for those that are not there."""
     from lit_peft.kernels.gated import gated
 
     return gated(e, g, h_e, b_e, s_e, h_g, b_g, s_g)
 
 
-@_gated.register_fake
+@launch_gated.register_fake
 def _(e: Tensor, g: Tensor, *low: Any) -> Tensor:
     return torch.empty(e.shape, dtype=e.dtype, device=e.device)
 

@@ -23,9 +23,9 @@ from lit_peft.ops.low_rank import product
 from lit_peft.ops.norm import normalised
 from lit_peft.ops.packed import Pair
 
-WIDE = (
-    4  # how many times wider e is than x where x' is computed again: what is kept would be over 24 bytes of its width
-)
+_unsafe_view = torch.ops.aten._unsafe_view.default
+# how many times wider e is than x where x' is computed again: else, more than 24 bytes of x's width would be kept
+WIDE = 4
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,8 @@ class _Enter(torch.autograd.Function):
         y = y.view(x.shape)
         ctx.mark_non_differentiable(y)
         ctx.set_materialize_grads(False)  # y would be given one
-        return x.view_as(x), y, *(out.view(*x.shape[:-1], out.shape[-1]) for out in found)
+        # not views, which could not be changed in place
+        return x.view_as(x), y, *(_unsafe_view(out, (*x.shape[:-1], out.shape[-1])) for out in found)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
@@ -204,7 +205,9 @@ class _Enter(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = _unnormed(read.wide(gs, p), unit, weight, rho).to(x.dtype)
             dx = (dx if passed is None else dx.add_(passed.reshape(x.shape))).view(shape)
-        return dx, None, None, None, *_cast([*das, *(db.t() for db in dbs)], kinds)
+        found = _cast([*das, *(db.t() for db in dbs)], kinds)
+        reached = 2 * [gradients[i] is not None for i, *_ in read.updates()]
+        return dx, None, None, None, *(d if yes else None for d, yes in zip(found, reached, strict=True))
 
 
 @dataclass(frozen=True)
@@ -255,7 +258,7 @@ class _Leave(torch.autograd.Function):
         kept = (*first, rho, rest.weight, e, g)
         ctx.save_for_backward(*kept, *weights, o.h, inner.h, down.h, *factors)
         ctx.made = x.shape, a.shape, scales, [factor.dtype for factor in factors], again
-        return torch.ops.aten._unsafe_view(out, x.shape)  # type: ignore[no-any-return]  # a view could not be changed in place
+        return _unsafe_view(out, x.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]

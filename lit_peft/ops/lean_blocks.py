@@ -6,6 +6,7 @@ import dis
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import CodeType
 from typing import Any, ClassVar
 
@@ -39,6 +40,23 @@ class Lean(nn.Module):
             if name == "plain":
                 raise
             return getattr(self.__dict__["plain"], name)
+
+
+MADE = "_lit_peft_plain"  # the name under which a class that is made here notes what it stands for
+
+
+@cache
+def below(lean: Any, kind: Any) -> Any:
+    """Return a class below a model's own that computes leanly, under its name: those who look for it find it."""
+    made = type(kind.__name__, (lean, kind), {MADE: kind, "__module__": kind.__module__})
+    made.__qualname__ = kind.__qualname__
+    return made
+
+
+def revived(lean: Any, kind: Any) -> nn.Module:
+    """Return an empty module of such a class: copies and files name it by what it is made of."""
+    made: nn.Module = object.__new__(below(lean, kind))
+    return made
 
 
 @dataclass(frozen=True)
@@ -128,6 +146,16 @@ class LeanAttention(LeanBlock):
     reads = ("q_proj", "k_proj", "v_proj")
     op = "packed"
 
+    def __new__(cls, plain: nn.Module) -> Any:
+        """Return one of a class below the model's own: by that, transformers finds whose weights it is to record."""
+        lean: Any = cls
+        kind: Any = type(plain)
+        return object.__new__(below(lean, kind))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Let files and copies name a class that can be found."""
+        return revived, (LeanAttention, type(self.plain)), self.__dict__
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the model's own attention returns."""
         if not recording():
@@ -182,7 +210,9 @@ class _Layer:
     def __init__(self, shared: _Shared, name: str) -> None:
         self.shared, self.name = shared, name
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs:  # which the layers that are known here do not take
+            return getattr(self.shared.block, self.name)(x, *args, **kwargs)  # type: ignore[no-any-return]
         return self.shared.output(self.name, x)
 
     def __getattr__(self, name: str) -> Any:
@@ -192,7 +222,8 @@ class _Layer:
 def is_silu(act: Any) -> bool:
     """Return whether an activation is x s(x), and nobody watches it."""
     # by name: transformers has a class of its own for it
-    return type(act).__name__ in ("SiLU", "SiLUActivation") and not watched(act)
+    known = type(act).__module__.startswith(("torch.", "transformers."))
+    return known and type(act).__name__ in ("SiLU", "SiLUActivation") and not watched(act)
 
 
 def _gated_mlp(self: Any, x: Tensor) -> Tensor:

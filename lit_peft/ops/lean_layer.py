@@ -8,7 +8,8 @@ one low-rank update at most, norms and MLP known), and is the model's own where 
 from __future__ import annotations
 
 import dis
-from functools import cache
+from functools import lru_cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from lit_peft.ops import fused_layer
 from lit_peft.ops.choice import measured, takes_kernel
 from lit_peft.ops.fused_layer import Fused
 from lit_peft.ops.layer import Group, Rest, enter, leave
-from lit_peft.ops.lean_blocks import LeanAttention, LeanMLP, LeanNorm, is_silu, says
+from lit_peft.ops.lean_blocks import MADE, LeanAttention, LeanMLP, LeanNorm, below, is_silu, revived, says
 from lit_peft.ops.parts import layer_of, parts_of
 from lit_peft.ops.recipes import recording, watched
 from lit_peft.ops.rotary import as_they_are, turns
@@ -30,7 +31,6 @@ NAMES = {
     "o_proj", "q_norm", "q_proj", "reshape", "scaling", "shape", "sliding_window", "training", "transpose", "update",
     "v_proj", "view",
 }  # fmt: skip
-MADE = "_lit_peft_plain"  # the name under which a class made here notes what it stands for
 
 
 class LeanLayer:
@@ -61,7 +61,7 @@ class LeanLayer:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         """Let files and copies be of a class that can be found by its name."""
-        return _revived, (getattr(type(self), MADE),), self.__dict__
+        return revived, (LeanLayer, getattr(type(self), MADE)), self.__dict__
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -92,12 +92,22 @@ def _known(layer: Any, x: Tensor) -> bool:
     if not recording():
         return False
     norms, attention, mlp = (layer.input_layernorm, layer.post_attention_layernorm), layer.self_attn, layer.mlp
-    if type(attention) is not LeanAttention or type(mlp) is not LeanMLP or any(type(n) is not LeanNorm for n in norms):
+    if (
+        not isinstance(attention, LeanAttention)
+        or type(mlp) is not LeanMLP
+        or any(type(n) is not LeanNorm for n in norms)
+    ):
+        return False
+    if not _says_so(getattr(type(layer), MADE)):  # patched since
         return False
     if any(watched(module) for module in (attention, mlp, *norms)) or not is_silu(mlp.act_fn):
         return False
-    kind: Any = type(attention.plain)
-    return _reads_three(kind) and not any(n.weight.requires_grad or n.weight.dtype != x.dtype for n in norms)
+    code = getattr(type(attention.plain).forward, "__code__", None)
+    return (
+        code is not None
+        and _reads_three(code)
+        and not any(n.weight.requires_grad or n.weight.dtype != x.dtype for n in norms)
+    )
 
 
 def _parts(layer: Any) -> list[list[Any]]:
@@ -152,16 +162,19 @@ def _group(children: list[Any], x: Tensor) -> Group | None:
     return Group(tuple(base.weight for base in bases), tuple(base.bias for base in bases), tuple(pairs))
 
 
-@cache
-def _reads_three(kind: Any) -> bool:
+@lru_cache(maxsize=64)
+def _reads_three(code: CodeType) -> bool:
     """Return whether an attention's `forward` reads its input by its three layers alone, and ends with `o_proj`."""
-    code = kind.forward.__code__
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG")]
+    steps = _steps(code)
     names = [step.argval for step in steps if step.argval in NAMES]
     strings = {value for value in code.co_consts if isinstance(value, str)}
     if not set(code.co_names) <= NAMES or ("getattr" in code.co_names and not strings <= NAMES):
         return False
     if any(names.count(f"{name}_proj") != 1 for name in "qkvo") or any(map(_computes, steps)):
+        return False
+    # its shape, and the three: it is handed to nobody else
+    x = code.co_varnames[1] if code.co_argcount > 1 else ""
+    if [x in _variables(step) for step in steps].count(True) != 4:
         return False
     last = next(i for i, step in enumerate(steps) if step.argval == "o_proj")
     ends = (
@@ -173,6 +186,28 @@ def _reads_three(kind: Any) -> bool:
         "RETURN_VALUE",
     )  # their names vary by version
     return all(step.opname.startswith(ends) for step in steps[last + 1 :])
+
+
+@lru_cache(maxsize=64)
+def _turns_once(code: CodeType) -> bool:
+    """Return whether queries and keys are turned in any case, by `apply_rotary_pos_emb(q, k, cos, sin)`."""
+    steps = _steps(code)
+    places = [i for i, step in enumerate(steps) if step.argval == "apply_rotary_pos_emb"]
+    if len(places) != 1 or any("JUMP" in step.opname for step in steps[: places[0]]):
+        return False
+    after = steps[places[0] + 1 :]
+    call = next((i for i, step in enumerate(after) if step.opname.startswith("CALL")), 0)
+    loads = all(step.opname.startswith(("LOAD_FAST", "PUSH_NULL")) for step in after[:call])
+    return loads and after[call].opname == "CALL" and after[call].arg == 4
+
+
+def _steps(code: CodeType) -> list[dis.Instruction]:
+    return [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "PRECALL", "EXTENDED_ARG")]
+
+
+def _variables(step: dis.Instruction) -> tuple[Any, ...]:
+    """Return which variables a step reads or writes; one step may do so with two."""
+    return step.argval if isinstance(step.argval, tuple) else (step.argval,) if "FAST" in step.opname else ()
 
 
 def _computes(step: dis.Instruction) -> bool:
@@ -218,33 +253,29 @@ def become_lean(module: nn.Module) -> bool:
     if isinstance(module, LeanLayer):
         return True
     kind: Any = type(module)
-    forward = kind.forward
-    code = getattr(forward, "__code__", None)
-    # transformers checkpoints a layer's forward from around it, that of a class below it too
-    if code is not None and code.co_name == "forward_with_checkpointing":
-        code = getattr(getattr(forward, "__wrapped__", None), "__code__", None)
-    if code is None or says(code) != says(_decoder_layer.__code__) or "forward" in module.__dict__:
+    if not _says_so(kind) or "forward" in module.__dict__:
         return False
     if not isinstance(module.self_attn, LeanAttention) or not isinstance(module.mlp, LeanMLP):
         return False
-    module.__class__ = _below(kind)
+    module.__class__ = below(LeanLayer, kind)
     return True
 
 
+def _says_so(kind: Any) -> bool:
+    """Return whether a class computes what is written in `_decoder_layer`."""
+    code = getattr(kind.forward, "__code__", None)
+    # transformers checkpoints a layer's forward from around it, that of a class below it too
+    if code is not None and code.co_name == "forward_with_checkpointing":
+        code = getattr(getattr(kind.forward, "__wrapped__", None), "__code__", None)
+    return code is not None and _code_says_so(code)
+
+
+@lru_cache(maxsize=64)
+def _code_says_so(code: CodeType) -> bool:
+    return says(code) == says(_decoder_layer.__code__)
+
+
 def become_plain(module: nn.Module) -> None:
-    """Give a decoder layer its own class back."""
-    if isinstance(module, LeanLayer):
+    """Give a decoder layer its own class back, unless somebody has put a class of theirs below the lean one since."""
+    if MADE in type(module).__dict__ and isinstance(module, LeanLayer):
         module.__class__ = getattr(type(module), MADE)
-
-
-@cache
-def _below(kind: Any) -> Any:
-    # under the name of its own class: those who look for layers by name find them
-    made = type(kind.__name__, (LeanLayer, kind), {MADE: kind, "__module__": kind.__module__})
-    made.__qualname__ = kind.__qualname__
-    return made
-
-
-def _revived(kind: Any) -> nn.Module:
-    made: nn.Module = object.__new__(_below(kind))
-    return made

@@ -47,9 +47,9 @@ def joins(base: nn.Module, x: Tensor, *, casts: bool = False) -> TypeGuard[nn.Li
     """
     if type(base) is not nn.Linear or not recording() or (autocasting(x) and not casts):
         return False
-    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
     return (
-        weight is not None
+        weight is not None  # pruned, or under weight norm, it is made of others
         and whole(weight)
         and not weight.requires_grad
         and (bias is None or (whole(bias) and not bias.requires_grad))

@@ -93,7 +93,7 @@ def norm_shrink(
         a = torch.cat([factor.detach() for factor in factors]).to(x.dtype)
         return y, a, a @ y.detach().reshape(-1, y.shape[-1]).t()
     with torch.no_grad():
-        made, rho, h, a = _norm_shrink(x.detach(), weight, [factor.detach() for factor in factors], eps)
+        made, rho, h, a = launch_norm_shrink(x.detach(), weight, [factor.detach() for factor in factors], eps)
     out: Tensor = _Norm.apply(x, weight, rho, made, True)  # type: ignore[no-untyped-call]
     return note(out, x, weight, make=partial(_launched, eps=eps)), a, h
 
@@ -159,9 +159,10 @@ def _(g: Tensor, x: Tensor, weight: Tensor, rho: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("lit_peft::norm_shrink", mutates_args=())
-def _norm_shrink(
+def launch_norm_shrink(
     x: Tensor, weight: Tensor, factors: Sequence[Tensor], eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y (..., width), rho (..., 1) in float32, H (sum of r_i, rows) and A (sum of r_i, width)."""
     from lit_peft.kernels.norm import norm_shrink
 
     rows = x.reshape(-1, x.shape[-1]).contiguous()
@@ -169,7 +170,7 @@ def _norm_shrink(
     return y.view(x.shape), rho.view(*x.shape[:-1], 1), h, a
 
 
-@_norm_shrink.register_fake
+@launch_norm_shrink.register_fake
 def _(x: Tensor, weight: Tensor, factors: Sequence[Tensor], eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rho = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     r, width = sum(len(factor) for factor in factors), x.shape[-1]

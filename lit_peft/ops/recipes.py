@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 @dataclass(eq=False)
@@ -111,8 +112,8 @@ def eager() -> bool:
 
 
 def recording() -> bool:
-    """Return whether the ops are to be used and gradients are recorded here."""
-    return eager() and torch.is_grad_enabled()
+    """Return whether the ops are to be used and gradients are recorded here; not where every module is watched."""
+    return eager() and torch.is_grad_enabled() and not _has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 def whole(parameter: Any) -> bool:

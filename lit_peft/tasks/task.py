@@ -233,6 +233,9 @@ class Task(AdaptableModule):
                 continue
             for group, (lr, decay) in zip(optimizer.param_groups, self._settings, strict=True):
                 group["weight_decay"] = decay
+                if group.get("fused") != optimizer.defaults.get("fused"):  # one of the runs clips in mixed precision
+                    group["fused"] = False
+                    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
                 before = group.get("initial_lr", group["lr"])
                 if before != lr:
                     group["lr"] *= lr / before

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb
 
 from lit_peft import LoRAConfig, place
 from lit_peft.low_rank.linear import LoRALinear
@@ -245,3 +248,129 @@ def test_hidden_states_can_be_changed_in_place(calls: list[str]) -> None:
     make_lean(model)
     same(results(model), wanted)
     assert calls
+
+
+def test_attentions_are_recorded() -> None:
+    """Transformers looks for the modules that it records by their class."""
+    model = adapted(tiny())
+    model.config._attn_implementation = "eager"
+    wanted = model(input_ids=IDS, output_attentions=True, output_hidden_states=True)
+    model = adapted(tiny())
+    model.config._attn_implementation = "eager"
+    make_lean(model)
+    got = model(input_ids=IDS, output_attentions=True, output_hidden_states=True)
+    assert len(got.attentions) == len(wanted.attentions) == 2
+    assert len(got.hidden_states) == len(wanted.hidden_states) == 3
+    same([*got.attentions, *got.hidden_states], [*wanted.attentions, *wanted.hidden_states])
+
+
+def test_a_class_that_is_patched_later(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(tiny())
+    make_lean(model)
+    own = LlamaDecoderLayer.forward
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, x, **kwargs: 2 * own(self, x, **kwargs))
+    got = results(model)
+    assert not calls
+    make_plain(model)
+    same(got, results(model))
+
+
+def test_values_changed_in_place_by_an_attention(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def doubled(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, q, k, v.mul_(2), *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "doubled", doubled)
+    model = adapted(tiny())
+    model.config._attn_implementation = "doubled"
+    wanted = results(model)
+    make_lean(model)
+    same(results(model), wanted)
+    assert calls
+
+
+def test_what_reaches_no_loss_gets_no_gradient(calls: list[str]) -> None:
+    model = adapted(tiny(num_hidden_layers=1))
+    make_lean(model)
+    cache = model(input_ids=IDS, use_cache=True).past_key_values
+    cache.layers[0].values.sum().backward()
+    there = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert {name.split(".")[4] for name in there} == {"v_proj"}
+    assert calls
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm, prune.identity])
+def test_a_base_whose_weight_is_made_of_others(norm: Any, calls: list[str]) -> None:
+    model = adapted(tiny())
+    norm(model.model.layers[0].mlp.up_proj.base, "weight")
+    for name, parameter in model.named_parameters():
+        if "lora" not in name:
+            parameter.requires_grad_(False)
+    wanted = results(model)
+    make_lean(model)
+    same(results(model), wanted)
+    assert len(calls) == 1
+
+
+def test_who_watches_every_module_sees_every_module(calls: list[str]) -> None:
+    model, seen = adapted(tiny()), []
+    make_lean(model)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    try:
+        results(model)
+    finally:
+        handle.remove()
+    assert not calls
+    assert model.model.layers[0].mlp.down_proj in seen
+
+
+def test_another_function_called_silu(calls: list[str]) -> None:
+    class SiLU(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    model = adapted(tiny())
+    for layer in model.model.layers:
+        layer.mlp.act_fn = SiLU()
+    wanted = results(model)
+    make_lean(model)
+    same(results(model), wanted, 5e-6)
+    assert not calls
+
+
+class Attention(LlamaAttention):
+    """Hands its input on to somebody else too."""
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Any:
+        """As the model's own, but for a cache that sees the input."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        v = self.config.update(v, self.k_proj(hidden_states), hidden_states)
+        out = q.transpose(1, 2).reshape(shape).contiguous()
+        return self.o_proj(out), v
+
+
+def test_attentions_that_are_not_known() -> None:
+    assert lean_layer._reads_three(LlamaAttention.forward.__code__)
+    assert not lean_layer._reads_three(Attention.forward.__code__)
+
+
+def _always(self: Any, q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    return q, k
+
+
+def _at_times(self: Any, q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    if self.sliding_window is not None:
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    return q, k
+
+
+def _elsewhere(self: Any, q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    q, k = apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim=2)
+    return q, k
+
+
+@pytest.mark.parametrize(("function", "once"), [(_always, True), (_at_times, False), (_elsewhere, False)])
+def test_queries_that_are_not_always_turned(function: Any, once: bool) -> None:
+    assert lean_layer._turns_once(function.__code__) is once
