@@ -138,3 +138,18 @@ def test_all_weights_step_in_one_call(options: dict[str, Any], fused: bool, fold
     trainer.fit(module, DataLoader([batch("sft")], batch_size=None))  # type: ignore[arg-type]
     assert trainer.optimizers[0].defaults["fused"] is fused
     assert trainer.global_step == 1
+
+
+@pytest.mark.parametrize(("before", "after"), [("bf16-mixed", "32-true"), ("32-true", "bf16-mixed")])
+def test_resumed_in_another_precision(before: str, after: str, folder: Path, tmp_path: Path) -> None:
+    """All weights step in one call where both runs do: its counts of steps lie elsewhere on a GPU."""
+    data: Any = DataLoader([batch("sft")], batch_size=None)
+    trainer = quick_trainer(tmp_path, max_steps=1, precision=before)
+    trainer.fit(make(folder), data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    trainer = quick_trainer(tmp_path, max_epochs=3, max_steps=3, precision=after)
+    trainer.fit(make(folder), data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert trainer.global_step == 3
+    optimizer: Any = trainer.optimizers[0]
+    assert not optimizer.param_groups[0]["fused"]
+    assert not getattr(optimizer, "_step_supports_amp_scaling", False)
