@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 
 @dataclass(eq=False)
@@ -112,8 +111,8 @@ def eager() -> bool:
 
 
 def recording() -> bool:
-    """Return whether the ops are to be used and gradients are recorded here; not where every module is watched."""
-    return eager() and torch.is_grad_enabled() and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+    """Return whether the ops are to be used and gradients are recorded here."""
+    return eager() and torch.is_grad_enabled()
 
 
 def whole(parameter: Any) -> bool:
@@ -122,7 +121,11 @@ def whole(parameter: Any) -> bool:
 
 
 def watched(module: nn.Module) -> bool:
-    """Return whether somebody has to see that a module is called: it has hooks, or a forward of its own."""
+    """Return whether somebody has to see that a module is called: it has hooks, or a forward of its own.
+
+    Hooks on all modules of a process are not asked about: such counters come and go between a forward pass and the
+    moment when a checkpoint computes it again, which has to be the same.
+    """
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in module.__dict__
 
