@@ -167,7 +167,8 @@ def test_saved_as_plain_lora_that_peft_loads_on_the_untouched_base(
     again: Any = compose(start, "sft")(str(folder), adapter=str(tmp_path / "saved"))
     again.configure_model()
     again.eval()
-    torch.testing.assert_close(again.model(ids).logits, expected, rtol=1e-5, atol=5e-6)  # sums in another order
+    with torch.no_grad():  # recorded, layers sum in another order
+        torch.testing.assert_close(again.model(ids).logits, module.model(ids).logits, rtol=1e-6, atol=1e-6)
     assert again.lora.init_lora_weights == "loaded"
     # into the same form it goes too: what a callback that goes back to the best step does
     module.load_adapter(tmp_path / "saved")

@@ -114,7 +114,9 @@ class _Enter(torch.autograd.Function):
         bs = filled([None if pair is None else pair[1].detach() for pair in parts.pairs], parts.sizes, base)
         length, width = x.shape[1], cos.shape[-1]
         expand_turn(base, h, bs, parts.scales, cos, sin, length, width, kernels=True)
-        ctx.save_for_backward(rows, rho, weight, parts.weight, cos, sin, h, stack, *factors)
+        # of what needs no gradient itself, as in a model's first layer, y is all that is asked for later
+        first = (rows, rho) if ctx.needs_input_grad[0] else (y, None)
+        ctx.save_for_backward(*first, weight, parts.weight, cos, sin, h, stack, *factors)
         ctx.made = x.shape, parts.pairs, parts.sizes, parts.scales
         y = y.view(x.shape)
         ctx.mark_non_differentiable(y)
@@ -135,14 +137,17 @@ class _Enter(torch.autograd.Function):
         wide = [x.new_zeros(*shape[:2], size) if g is None else g for g, size in zip(gradients, sizes, strict=True)]
         heads = [g.view(*shape[:2], -1, width).transpose(1, 2) for g in wide]
         p, g, *dbs = turn_spread(heads, bs, hs, scales, cos, sin, length, width, kernels=True)
-        past = None if passed is None else passed.reshape(x.shape)
-        dx, y = norm_back(g @ whole, p, stack, past, x, weight, rho, True, kernels=True)
+        dx, y = None, x
+        if rho is not None:
+            past = None if passed is None else passed.reshape(x.shape)
+            dx, y = norm_back(g @ whole, p, stack, past, x, weight, rho, True, kernels=True)
+            dx = dx.view(shape)
         das = _below(_outer(p, y, factors[0].dtype), pairs)
         found = [db for db, pair in zip(dbs, pairs, strict=True) if pair is not None]
         kinds = [factor.dtype for factor in factors]
         reached = 2 * [g is not None for g, pair in zip(gradients, pairs, strict=True) if pair is not None]
         cast = (d.to(kind) if yes else None for d, kind, yes in zip([*das, *found], kinds, reached, strict=True))
-        return dx.view(shape), None, *cast
+        return dx, None, *cast
 
 
 def leave(x: Tensor, a: Tensor, layer: Fused) -> Tensor:

@@ -180,7 +180,9 @@ class _Enter(torch.autograd.Function):
         read = _read(group.weights, group.scales, factors, x)
         y, rho = _normed(rows, weight, eps)
         found = read.outputs(y, group.biases)
-        ctx.save_for_backward(rows, rho, weight, *group.weights, read.h, *factors)
+        # of what needs no gradient itself, as in a model's first layer, y is all that is asked for later
+        first = (rows, rho) if ctx.needs_input_grad[0] else (y, None)
+        ctx.save_for_backward(*first, weight, *group.weights, read.h, *factors)
         ctx.made = x.shape, (read.scales,), [factor.dtype for factor in factors]
         y = y.view(x.shape)
         ctx.mark_non_differentiable(y)
@@ -199,10 +201,10 @@ class _Enter(torch.autograd.Function):
             for g, w in zip(gradients, read.weights, strict=True)
         ]
         p, dbs = read.narrow(gs)
-        unit, dx, das = x.float() * rho, None, []
-        if p is not None:
-            das = read.split(p @ (weight * unit.to(x.dtype)))
-        if ctx.needs_input_grad[0]:
+        unit = None if rho is None else x.float() * rho
+        y, dx = x if unit is None else weight * unit.to(x.dtype), None
+        das = [] if p is None else read.split(p @ y)
+        if unit is not None:
             dx = _unnormed(read.wide(gs, p), unit, weight, rho).to(x.dtype)
             dx = (dx if passed is None else dx.add_(passed.reshape(x.shape))).view(shape)
         found = _cast([*das, *(db.t() for db in dbs)], kinds)

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 
 from lit_peft import LoRAConfig, place
 from lit_peft.low_rank.linear import LoRALinear
-from lit_peft.ops import lean_layer
+from lit_peft.ops import lean_blocks, lean_layer
 from lit_peft.ops.lean import make_lean, make_plain
 from tests.ops.exact import TOLERANCE, agree
 from tests.ops.test_packed import IDS, adapted, results, same, tiny
@@ -336,6 +336,23 @@ class Attention(LlamaAttention):
         v = self.config.update(v, self.k_proj(hidden_states), hidden_states)
         out = q.transpose(1, 2).reshape(shape).contiguous()
         return self.o_proj(out), v
+
+
+def test_a_projection_that_is_asked_for_more_answers_itself() -> None:
+    """As Moshi's, which has one for every codebook."""
+    model = adapted(tiny())
+    make_lean(model)
+    block, x = model.model.layers[0].self_attn, torch.ones(1, 1, 32, dtype=torch.float64)
+    block.q_proj = Times()
+    assert lean_blocks._Layer(lean_blocks._Shared(block), "q_proj")(x, 3).equal(3 * x)
+
+
+class Times(nn.Module):
+    """Takes more than its input."""
+
+    def forward(self, x: Tensor, factor: int) -> Tensor:
+        """Return the input times a factor."""
+        return factor * x
 
 
 def test_attentions_that_are_not_known() -> None:
